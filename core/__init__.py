@@ -1,0 +1,1 @@
+"""What every process shares, without torch: requests, sampling parameters, prefix hashes, errors, clock."""

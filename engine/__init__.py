@@ -1,0 +1,1 @@
+"""One model on one device group: architectures, weights, page pool, prefix cache, batch, sampler."""
