@@ -83,8 +83,11 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
+    """Stop an attempt, or only these choices of it."""
+
     request_id: str
     attempt: int
+    choices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
