@@ -211,10 +211,8 @@ def test_a_run_against_a_server_with_a_timetable(
     summary = json.loads(text)["summary"]
     assert "secret" not in text
     assert (summary["completed"], summary["failed"], summary["output_tokens"]) == (6, 0, 30)
-    assert summary["ttft"]["p50_ms"] == pytest.approx(100, rel=0.3)  # a shared machine wakes late, never early
-    assert summary["tpot"]["p50_ms"] == pytest.approx(50, rel=0.3)
-    assert summary["itl"]["p50_ms"] == pytest.approx(50, rel=0.3)
-    assert summary["e2e"]["p50_ms"] == pytest.approx(300, rel=0.3)
+    for name, least_ms in {"ttft": 100, "tpot": 50, "itl": 50, "e2e": 300}.items():
+        assert 0.95 * least_ms <= summary[name]["p50_ms"] <= 3 * least_ms  # a busy machine wakes late, never early
     assert summary["goodput_per_s"] == pytest.approx(summary["requests_per_s"])
     assert len(json.loads(text)["requests"]) == 6
     shown = capsys.readouterr().out
