@@ -1,0 +1,15 @@
+"""What all tests share: how many seeds the simulation runs. `make simulate SEEDS=n` sets it; `make test` keeps it small."""
+
+import pytest
+
+DEFAULT_SEEDS = 50
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seeds", type=int, default=DEFAULT_SEEDS, help="seeds for tests marked simulation")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that is marked simulation and takes `seed` runs once for each seed."""
+    if "seed" in metafunc.fixturenames and metafunc.definition.get_closest_marker("simulation"):
+        metafunc.parametrize("seed", range(metafunc.config.getoption("seeds")))
