@@ -1,4 +1,4 @@
-"""What all tests share: how many seeds the simulation runs. `make simulate SEEDS=n` sets it; `make test` keeps it small."""
+"""What all tests share: how many seeds the simulation runs; few in `make test`, SEEDS in `make simulate`."""
 
 import pytest
 
