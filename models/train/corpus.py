@@ -8,9 +8,17 @@ import keyword
 import pathlib
 import re
 import sysconfig
+import textwrap
 
 HELDOUT = (
-    "bisect.py", "colorsys.py", "fnmatch.py", "heapq.py", "queue.py", "sched.py", "shlex.py", "textwrap.py",
+    "bisect.py",
+    "colorsys.py",
+    "fnmatch.py",
+    "heapq.py",
+    "queue.py",
+    "sched.py",
+    "shlex.py",
+    "textwrap.py",
 )
 SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 HERE = pathlib.Path(__file__).resolve().parent
@@ -58,20 +66,21 @@ def common_words(texts: list[str], count: int) -> list[str]:
     return sorted(ranked[:count])
 
 
-def functions(text: str, max_lines: int = 16) -> list[tuple[str, str]]:
-    """Short functions at the top level of a module, each as (signature and docstring, body)."""
+def functions(text: str, max_lines: int = 16, methods: bool = False) -> list[tuple[str, str]]:
+    """Short functions of a module, each as (signature and docstring, body); methods lose their indentation."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return []
     lines = text.splitlines()
     found = []
-    for node in tree.body:
+    for node in ast.walk(tree) if methods else tree.body:
         if not isinstance(node, ast.FunctionDef) or node.end_lineno is None:
             continue
         body = node.body[1:] if ast.get_docstring(node) is not None else node.body
         if not body or not 2 <= node.end_lineno - node.lineno < max_lines or body[0].lineno == node.lineno:
             continue
-        head = "\n".join(lines[node.lineno - 1 : body[0].lineno - 1])
-        found.append((head, "\n".join(lines[body[0].lineno - 1 : node.end_lineno])))
+        cut = body[0].lineno - node.lineno
+        whole = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
+        found.append(("\n".join(whole[:cut]), "\n".join(whole[cut:])))
     return found

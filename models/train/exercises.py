@@ -72,7 +72,7 @@ def recall_dialogue(
     line, question = STYLES[style]
     lines = [line.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
     lines = _with_filler(rng, lines, rest, filler)
-    asked = rng.sample(range(pairs), min(questions, pairs))
+    asked = rng.sample(range(pairs), min(questions, pairs)) + rng.choices(range(pairs), k=max(0, questions - pairs))
     texts = [question.format(key=keys[index]) for index in asked]
     texts[0] = "\n".join([RECALL_INTRO, *lines, "", texts[0]])
     return _turns(texts, [values[index] for index in asked])

@@ -77,9 +77,7 @@ class Attention(nn.Module):
         query = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
         key = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
         value = self.v_proj(x).view(heads).transpose(1, 2)
-        groups = self.shape.num_attention_heads // self.shape.num_key_value_heads
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 
@@ -129,11 +127,12 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(weight, std=0.02 if name.startswith("embed") else 0.3 / weight.shape[1] ** 0.5)
-                if residual:
-                    nn.init.zeros_(weight)
+            if name.startswith("embed"):
+                nn.init.normal_(weight, std=0.02)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(weight)
+            elif weight.ndim == 2:
+                nn.init.normal_(weight, std=0.5 / weight.shape[1] ** 0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The last hidden state of every position."""
@@ -151,5 +150,6 @@ class Model(nn.Module):
 
 def export(model: Model, folder: pathlib.Path) -> None:
     """Write model.safetensors in bfloat16."""
-    tensors = {f"model.{name}": weight.detach().bfloat16().contiguous() for name, weight in model.named_parameters()}
+    weights = model.named_parameters()
+    tensors = {f"model.{name}": weight.detach().bfloat16().contiguous() for name, weight in weights}
     safetensors.torch.save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})

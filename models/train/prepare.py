@@ -89,15 +89,26 @@ def write_folder(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> None:
     write_json(folder / "config.json", CONFIG)
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None, "unk_token": None}
     added = {
-        str(index): {"content": text, "lstrip": False, "normalized": False, "rstrip": False,
-                     "single_word": False, "special": True}
+        str(index): {
+            "content": text,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
         for index, text in enumerate(SPECIALS)
     }
     write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": CONTEXT, **special,
-         "added_tokens_decoder": added, "clean_up_tokenization_spaces": False,
-         "chat_template": CHAT_TEMPLATE},
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": CONTEXT,
+            **special,
+            "added_tokens_decoder": added,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
     )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     write_json(
