@@ -1,32 +1,34 @@
 """Every error that Baton raises, with the HTTP status and the gRPC code it becomes at the edge.
 
-    BatonError
-    ├── RequestError                 the client's request is at fault
-    │   ├── InvalidRequest           400  INVALID_ARGUMENT     a field is wrong; `param` names it
-    │   │   └── ContextTooLong       400  OUT_OF_RANGE         prompt and max_tokens exceed the context
-    │   ├── ModelNotFound            404  NOT_FOUND
-    │   ├── BodyTooLarge             413  RESOURCE_EXHAUSTED
-    │   └── PoisonRequest            500  FAILED_PRECONDITION  has cost two workers; never retried
-    ├── Overloaded                   the client may come back after `retry_after_s`
-    │   ├── QueueFull                429  RESOURCE_EXHAUSTED
-    │   └── NoCapacity               503  UNAVAILABLE
-    ├── Cancelled                    499  CANCELLED            the client left
-    ├── DeadlineExceeded             504  DEADLINE_EXCEEDED
-    ├── WorkerError                  the router may try another worker
-    │   ├── WorkerLost               503  UNAVAILABLE
-    │   └── EngineError              500  INTERNAL             a step failed; the error of its requests
-    ├── HandoffError                 a page could not be moved; computed again, never guessed
-    │   ├── OutOfBounds              500  OUT_OF_RANGE         an index outside the pool
-    │   ├── StalePage                500  ABORTED              the page's epoch has moved on
-    │   ├── PlaceMismatch            500  DATA_LOSS            not the page of this place in the prompt
-    │   ├── DigestMismatch           500  DATA_LOSS            the bytes are not those that were written
-    │   ├── PeerLost                 500  UNAVAILABLE          the other worker is gone
-    │   └── FingerprintMismatch      500  FAILED_PRECONDITION  the two workers do not run the same model
-    └── StartupError                 the process stops before it serves, with `exit_code`
-        ├── ConfigError              exit 2   a flag, variable or file is wrong
-        ├── CheckpointError          exit 3   missing, broken or unknown checkpoint
-        ├── TooLittleMemory          exit 4   no room for one sequence
-        └── PortInUse                exit 5
+BatonError
+├── RequestError                 the client's request is at fault
+│   ├── InvalidRequest           400  INVALID_ARGUMENT     a field is wrong; `param` names it
+│   │   └── ContextTooLong       400  OUT_OF_RANGE         prompt and max_tokens exceed the context
+│   ├── ModelNotFound            404  NOT_FOUND
+│   ├── BodyTooSlow              408  DEADLINE_EXCEEDED
+│   ├── BodyTooLarge             413  RESOURCE_EXHAUSTED
+│   ├── UnsupportedEncoding      415  INVALID_ARGUMENT     a compressed body
+│   └── PoisonRequest            500  FAILED_PRECONDITION  has cost two workers; never retried
+├── Overloaded                   the client may come back after `retry_after_s`
+│   ├── QueueFull                429  RESOURCE_EXHAUSTED
+│   └── NoCapacity               503  UNAVAILABLE
+├── Cancelled                    499  CANCELLED            the client left
+├── DeadlineExceeded             504  DEADLINE_EXCEEDED
+├── WorkerError                  the router may try another worker
+│   ├── WorkerLost               503  UNAVAILABLE
+│   └── EngineError              500  INTERNAL             a step failed; the error of its requests
+├── HandoffError                 a page could not be moved; computed again, never guessed
+│   ├── OutOfBounds              500  OUT_OF_RANGE         an index outside the pool
+│   ├── StalePage                500  ABORTED              the page's epoch has moved on
+│   ├── PlaceMismatch            500  DATA_LOSS            not the page of this place in the prompt
+│   ├── DigestMismatch           500  DATA_LOSS            the bytes are not those that were written
+│   ├── PeerLost                 500  UNAVAILABLE          the other worker is gone
+│   └── FingerprintMismatch      500  FAILED_PRECONDITION  the two workers do not run the same model
+└── StartupError                 the process stops before it serves, with `exit_code`
+    ├── ConfigError              exit 2   a flag, variable or file is wrong
+    ├── CheckpointError          exit 3   missing, broken or unknown checkpoint
+    ├── TooLittleMemory          exit 4   no room for one sequence
+    └── PortInUse                exit 5
 """
 
 from __future__ import annotations
@@ -71,10 +73,21 @@ class ModelNotFound(RequestError):
     code = "model_not_found"
 
 
+class BodyTooSlow(RequestError):
+    http_status = 408
+    grpc_code = "DEADLINE_EXCEEDED"
+    code = "body_too_slow"
+
+
 class BodyTooLarge(RequestError):
     http_status = 413
     grpc_code = "RESOURCE_EXHAUSTED"
     code = "body_too_large"
+
+
+class UnsupportedEncoding(RequestError):
+    http_status = 415
+    code = "unsupported_encoding"
 
 
 class PoisonRequest(RequestError):

@@ -1,0 +1,136 @@
+"""The endpoints around generation: which models there are, whether the service lives, what it counts, tokens of a
+text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from core.clock import Clock
+from core.errors import InvalidRequest, NoCapacity
+from router.connection import Connection
+from router.exposition import merge
+from router.limits import Limits, ServedModel
+from router.metrics import RouterMetrics
+from router.model_names import check_model
+from router.openai_chat import conversation
+from router.prompts import Prompts
+from router.reply import json_text
+from router.sampling_fields import refuse_unsupported
+from router.validation import Fields, parse_object, token_ids
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def json_response(value: object) -> Response:
+    return Response(json_text(value), media_type="application/json")
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """GET /v1/models and /v1/models/{id}"""
+
+    model: ServedModel
+
+    async def every(self, _: Request) -> Response:
+        return json_response({"object": "list", "data": [self._card(name) for name in self.model.names]})
+
+    async def one(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        check_model(name, self.model)
+        return json_response(self._card(name))
+
+    def _card(self, name: str) -> dict[str, object]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.model.created,
+            "owned_by": "baton",
+            "root": self.model.names[0],
+            "parent": None,
+            "max_model_len": self.model.context_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """GET /health, /metrics, /version. `health` goes through the workers' engine loops, and raises when they fail."""
+
+    health: Callable[[], Awaitable[None]]
+    worker_metrics: Callable[[], Awaitable[Sequence[str]]]
+    metrics: RouterMetrics
+    version: str
+    limits: Limits
+
+    async def get_health(self, _: Request) -> Response:
+        try:
+            async with asyncio.timeout(self.limits.health_timeout_s):
+                await self.health()
+        except TimeoutError:
+            raise NoCapacity("the workers did not answer in time") from None
+        return Response()
+
+    async def get_metrics(self, _: Request) -> Response:
+        """Workers that do not answer in time are left out: the router's own numbers always come."""
+        pages: Sequence[str] = ()
+        try:
+            async with asyncio.timeout(self.limits.health_timeout_s):
+                pages = await self.worker_metrics()
+        except TimeoutError:
+            pass
+        return Response(merge([self.metrics.text(), *pages]), headers={"content-type": METRICS_TYPE})
+
+    async def get_version(self, _: Request) -> Response:
+        return json_response({"version": self.version})
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """POST /tokenize and /detokenize, in vLLM's shapes."""
+
+    model: ServedModel
+    limits: Limits
+    prompts: Prompts
+    clock: Clock
+
+    async def tokenize(self, request: Request) -> Response:
+        fields = await self._fields(request)
+        if fields.raw("messages") is not None:
+            prompt = conversation(fields, self.limits)
+            ids = await self.prompts.ids(prompt, fields.flag("add_special_tokens"), "messages")
+        elif fields.raw("prompt") is not None:
+            text = fields.text("prompt")
+            ids = await self.prompts.tokenizer.encode(text, fields.flag("add_special_tokens", True))
+        else:
+            raise InvalidRequest("prompt: either prompt or messages is needed", param="prompt")
+        spelled = [self.prompts.tokenizer.token_text(token_id) for token_id in ids]
+        return json_response(
+            {
+                "count": len(ids),
+                "max_model_len": self.model.context_tokens,
+                "tokens": list(ids),
+                "token_strs": spelled if fields.flag("return_token_strs") else None,
+            }
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        fields = await self._fields(request)
+        ids = token_ids(fields.raw("tokens"), "tokens", self.model.vocab_size)
+        return json_response({"prompt": self.prompts.tokenizer.decode(ids, skip_special_tokens=False)})
+
+    async def _fields(self, request: Request) -> Fields:
+        """The body, read within the same bounds as any other. `model` may be left out here, as in vLLM."""
+        connection = Connection(request.scope, request.receive, _no_send, self.limits, self.clock)
+        fields = parse_object(await connection.body())
+        refuse_unsupported(fields)
+        if fields.raw("model") is not None:
+            check_model(fields.text("model"), self.model)
+        return fields
+
+
+async def _no_send(_: object) -> None:
+    raise AssertionError("the reply is sent by the route")
