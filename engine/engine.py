@@ -76,6 +76,7 @@ class Engine:
         self._departing: list[Sequence] = []  # left during a step: their pages wait for its end
         self._in_flight = False
         self._wake = asyncio.Event()
+        self._turns: list[asyncio.Future[None]] = []
         self._next_id = 0
         self._step_s = 0.0  # the last one's duration
         self.steps = 0
@@ -123,6 +124,19 @@ class Engine:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
         return True
 
+    def adopt(self, sequence: Sequence, pages: list[int], computed: int) -> None:
+        """A sequence whose first `computed` tokens lie in `pages`, which it owns from now on: it runs at once."""
+        sequence.pages = pages
+        self._advance(sequence, computed)
+        self.add(sequence)
+
+    async def turn(self) -> None:
+        """Returns when the loop has come round: the proof that it is alive. The caller sets the deadline."""
+        passed = asyncio.get_running_loop().create_future()
+        self._turns.append(passed)
+        self.wake()
+        await passed
+
     def wake(self) -> None:
         self._wake.set()
 
@@ -140,11 +154,18 @@ class Engine:
         """Steps until cancelled; sleeps while there is nothing to do."""
         while True:
             self._wake.clear()
+            self._pass_turns()
             plan = self._policy.plan(self.view())
             if await self.step(plan):
                 await self._sleep(plan.pause_s)  # 0: only let the other tasks of this thread run
             else:
                 await self._wake.wait()
+
+    def _pass_turns(self) -> None:
+        for passed in self._turns:
+            if not passed.done():
+                passed.set_result(None)
+        self._turns.clear()
 
     async def step(self, plan: StepPlan) -> bool:
         """One step. False if the plan came to nothing."""
@@ -160,9 +181,7 @@ class Engine:
 
     def view(self) -> EngineView:
         views = tuple(self._view_of(sequence) for sequence in self._sequences.values())
-        return EngineView(
-            self._clock(), views, self.pool.reusable, self.page_size, self._step_s, self._peer_wait_s()
-        )
+        return EngineView(self._clock(), views, self.pool.reusable, self.page_size, self._step_s, self._peer_wait_s())
 
     def _view_of(self, sequence: Sequence) -> SequenceView:
         needed = -(-len(sequence.ids) // self.page_size)

@@ -3,8 +3,8 @@
 Any stale, foreign, missing or corrupt page changes every later token, which makes it the oracle of the simulation: run
 the same prompt through `reference_tokens`, which never touches a page, and compare.
 
-The KV of position p is BLAKE2b(id_p, p), cut to the bytes that one token has in a segment of each head. The sampled id is
-BLAKE2b(seed, choice, position, all ids, all KV bytes as read) modulo the vocabulary; a greedy one leaves the seed out.
+The KV of position p is BLAKE2b(id_p, p), cut to the bytes that one token has in a segment of each head. The sampled
+id is BLAKE2b(all ids, all KV bytes as read, seed, choice, position) modulo the vocabulary; a greedy one has no seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _TOKEN_BYTES = LAYOUT.page_bytes // LAYOUT.page_size
 
 def kv_of(token_id: int, position: int) -> bytes:
     """What one position leaves in the pool, all heads together."""
-    return hashlib.blake2b(token_id.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=_TOKEN_BYTES).digest()
+    return hashlib.blake2b(
+        token_id.to_bytes(8, "little") + position.to_bytes(8, "little"), digest_size=_TOKEN_BYTES
+    ).digest()
 
 
 def next_token(ids: Sequence[int], kv: bytes, spec_seed: int, choice: int, vocabulary: int) -> int:

@@ -108,7 +108,9 @@ async def test_batch_prefix_and_choices_change_no_token() -> None:
     wanted = {}
     for i in range(12):
         prompt = shared[: rng.choice([0, 33, 64, 70])] + prompt_of(rng, rng.randrange(1, 60))
-        params = SamplingParams(max_tokens=rng.randrange(1, 40), n=rng.choice([1, 1, 3]), temperature=rng.choice([0.0, 1.0]))
+        params = SamplingParams(
+            max_tokens=rng.randrange(1, 40), n=rng.choice([1, 1, 3]), temperature=rng.choice([0.0, 1.0])
+        )
         harness.add(f"r{i}", prompt, params, seed=i)
         for choice in range(params.n):
             wanted[f"r{i}", choice] = reference_tokens(prompt, params, i, choice, VOCABULARY)
@@ -141,7 +143,9 @@ async def test_second_prompt_finds_its_prefix_cached_and_salt_separates() -> Non
     await harness.drain()
     second = harness.add("b", prompt, params)
     await harness.drain()
-    other = Sequence(**{**_fields(second), "root": root_hash("model", salt=b"tenant"), "sequence_id": 99, "request_id": "c"})
+    other = Sequence(
+        **{**_fields(second), "root": root_hash("model", salt=b"tenant"), "sequence_id": 99, "request_id": "c"}
+    )
     harness.engine.add(other)
     await harness.drain()
     assert (first.cached_tokens, second.cached_tokens, other.cached_tokens) == (0, 96, 0)

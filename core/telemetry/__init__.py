@@ -1,0 +1,1 @@
+"""What a process says of itself: metrics under names that dashboards know."""

@@ -1,0 +1,329 @@
+"""The life of an attempt on the decode tier: expected, handed off (or prefilled here), decoded, over.
+
+    submit --peer----> expected --Next--> pages reserved --Close(COMMITTED)--> running --last token--> over
+       |                                                                          ^
+       `----no peer--> prefilled here, within the policy's budget ----------------'
+
+A newer attempt of a request takes the place of an older one; the pages that the older one had verified are prefix hits.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from core.clock import Clock
+from core.errors import BatonError, DeadlineExceeded, InvalidRequest, NoCapacity
+from core.messages import Cancel, Peer, Receipt, RequestFailed, Submit, Token, Tokens, WorkerId
+from engine.engine import Engine, Sampled, StepReport
+from engine.intake import Intake
+from engine.sequence import Sequence
+from kvtransfer.messages import HandoffKey
+from kvtransfer.ports import Reservation
+from session.outlet import Outlet
+
+log = logging.getLogger(__name__)
+
+
+class Receiver(Protocol):
+    """The receiving end of the hand-off: kvtransfer.receiver_link.HandoffReceiver."""
+
+    def expect(
+        self, key: HandoffKey, prompt_ids: list[int], block_hashes: list[bytes], peer: Peer, deadline_s: float
+    ) -> None: ...
+
+    def cancel(self, key: HandoffKey) -> None: ...
+
+
+@dataclass(slots=True)
+class _Job:
+    submit: Submit
+    shared: Sequence  # over the ids that all choices share; the first choice's own once they have parted
+    since_s: float
+    sequences: dict[int, Sequence] = field(default_factory=dict)  # choice -> what decodes it
+    expected: bool = False  # the hand-off is not committed yet
+    reserved: bool = False  # and its pages are set aside
+    receipt: Receipt | None = None  # due with the next tokens
+
+    @property
+    def key(self) -> HandoffKey:
+        return HandoffKey(self.submit.request_id, self.submit.attempt)
+
+
+class DecodeService:
+    """Owned by the event loop's thread, like the engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        intake: Intake,
+        receiver: Receiver,
+        outlet: Outlet,
+        clock: Clock,
+        *,
+        max_requests: int = 1024,
+        growth_tokens: int = 256,
+        max_local_tokens: int | None = None,
+    ) -> None:
+        self._engine = engine
+        self._intake = intake
+        self._receiver = receiver
+        self._outlet = outlet
+        self._clock = clock
+        self._max_requests = max_requests
+        self._growth_tokens = growth_tokens
+        self._max_local_tokens = max_local_tokens  # waiting for local prefill at once; None: no bound
+        self._jobs: dict[HandoffKey, _Job] = {}
+        self.local_prefills = 0
+
+    # --- from the router ---------------------------------------------------------------------------------------
+
+    def submit(self, submit: Submit) -> None:
+        """Raises InvalidRequest or NoCapacity; otherwise the attempt is expected, or prefilled here."""
+        self._intake.check(submit)
+        self._supersede(submit)
+        if len(self._jobs) >= self._max_requests:
+            raise NoCapacity("the decode worker holds as many requests as it may")
+        shared = self._intake.shared(submit, self._engine.new_id(), single_step=False)
+        if not shared.choices:
+            raise InvalidRequest("every choice has finished")
+        job = _Job(submit, shared, self._clock())
+        if submit.peer is None:
+            self._prefill_here(job)
+        else:
+            job.expected = True
+            hashes = shared.full_hashes(self._engine.page_size)
+            self._receiver.expect(job.key, shared.ids, hashes, submit.peer, submit.deadline_s)
+        self._jobs[job.key] = job
+
+    def cancel(self, cancel: Cancel) -> None:
+        job = self._jobs.get(HandoffKey(cancel.request_id, cancel.attempt))
+        if job is None:
+            return
+        for choice in cancel.choices:
+            self._end_choice(job, choice)
+        if not cancel.choices:
+            self._drop(job)
+
+    def _supersede(self, submit: Submit) -> None:
+        """Raises InvalidRequest for an attempt that is older than one we have."""
+        for job in [j for j in self._jobs.values() if j.submit.request_id == submit.request_id]:
+            if job.submit.attempt >= submit.attempt:
+                raise InvalidRequest("a newer attempt of this request is here")
+            self._drop(job)
+            self._outlet.end((job.submit.request_id, job.submit.attempt))
+
+    def _prefill_here(self, job: _Job) -> None:
+        """Raises NoCapacity when the budget for local prefill is taken: the router then asks a prefill worker."""
+        waiting = sum(s.uncomputed for s in self._engine.sequences if not s.is_decoding)
+        if self._max_local_tokens is not None and waiting + len(job.shared.ids) > self._max_local_tokens and waiting:
+            raise NoCapacity("the budget for local prefill is taken")
+        self.local_prefills += 1
+        if self._intake.parted(job.submit):
+            for choice in job.shared.choices:
+                self._run(job, self._intake.separate(job.submit, self._engine.new_id(), choice))
+        else:
+            for choice in job.shared.choices:
+                job.sequences[choice] = job.shared
+            self._engine.add(job.shared)
+
+    def _run(self, job: _Job, sequence: Sequence) -> None:
+        job.sequences[sequence.choices[0]] = sequence
+        self._engine.add(sequence)
+
+    # --- from the hand-off -------------------------------------------------------------------------------------
+
+    def reserve(self, key: HandoffKey) -> Reservation | None:
+        """Pages for the prompt, if the projected growth of all that run fits beside them. None: Busy."""
+        job = self._jobs.get(key)
+        if job is None or not job.expected:
+            return None
+        size, pool = self._engine.page_size, self._engine.pool
+        prompt_pages = -(-len(job.shared.ids) // size)
+        growth = self._growth_pages() + self._growth_of(job.shared) * len(job.shared.choices)
+        if prompt_pages + growth > pool.reusable and self._engine.sequences:
+            return None
+        full = len(job.shared.ids) // size
+        prefix = pool.lookup(job.shared.full_hashes(size)[:full])
+        pool.acquire(prefix)
+        fresh = pool.allocate(prompt_pages - len(prefix))
+        if fresh is None:
+            pool.release_all(prefix)
+            return None
+        job.shared.cached_tokens = len(prefix) * size
+        job.reserved = True
+        return Reservation(tuple(prefix), tuple(fresh))
+
+    def fresh_page(self, key: HandoffKey) -> int | None:
+        """Another page in place of one that took in bad bytes."""
+        pages = self._engine.pool.allocate(1)
+        return pages[0] if pages else None
+
+    def on_commit(
+        self, key: HandoffKey, pages: list[int], tokens: tuple[Token, ...], receipt: Receipt, exposed_s: float
+    ) -> None:
+        """The pages are verified and ours: every unfinished choice joins the running batch."""
+        job = self._jobs.get(key)
+        if job is None or not job.expected:
+            self._engine.pool.release_all(pages)
+            return
+        job.expected = False
+        job.receipt = self._receipt_of(job, receipt, exposed_s)
+        shared = job.shared
+        self._engine.adopt(shared, pages, len(shared.ids))
+        if self._intake.parted(job.submit):
+            self._replay(job)
+        else:
+            self._part(job, tokens)
+            self._send(job, tokens)
+        if not job.sequences:
+            self._over(job)
+
+    def on_abort(self, key: HandoffKey, error: BatonError, blames: WorkerId | None) -> None:
+        job = self._jobs.get(key)
+        if job is not None:
+            self._fail(job, error, blames)
+
+    def _part(self, job: _Job, tokens: tuple[Token, ...]) -> None:
+        """Each choice goes on from its own first token; the last of them takes the shared sequence."""
+        live = [token for token in tokens if token.finish is None]
+        for token in live[:-1]:
+            self._continue(job, self._engine.branch(job.shared, token.choice), token)
+        if live:
+            self._continue(job, job.shared, live[-1])
+        else:
+            self._engine.remove(job.shared)
+
+    def _continue(self, job: _Job, sequence: Sequence, token: Token) -> None:
+        sequence.choices = (token.choice,)
+        sequence.ids.append(token.token_id)
+        job.sequences[token.choice] = sequence
+
+    def _replay(self, job: _Job) -> None:
+        """Several choices that have emitted ids already: they share the prompt's pages and compute their own rest."""
+        for choice in job.shared.choices:
+            sequence = self._engine.branch(job.shared, choice)
+            sequence.ids += job.submit.emitted[choice]
+            job.sequences[choice] = sequence
+        self._engine.remove(job.shared)
+
+    # --- from the engine ---------------------------------------------------------------------------------------
+
+    def on_step(self, report: StepReport) -> None:
+        """One step's tokens go out together; choices that have ended are let go of."""
+        news: dict[HandoffKey, list[Token]] = {}
+        for item in report.sampled:
+            key = HandoffKey(item.sequence.request_id, item.sequence.attempt)
+            job = self._jobs.get(key)
+            if job is not None:
+                news.setdefault(key, []).append(self._take(job, item))
+        self._outlet.send([self._tokens(self._jobs[key], tuple(tokens)) for key, tokens in news.items()])
+        for key in news:
+            if not self._jobs[key].sequences:
+                self._over(self._jobs[key])
+        for sequence, error in report.failed:
+            job = self._jobs.get(HandoffKey(sequence.request_id, sequence.attempt))
+            if job is not None:
+                self._fail(job, error)
+
+    def _take(self, job: _Job, item: Sampled) -> Token:
+        """Note who decodes the choice from now on."""
+        if item.finish is None:
+            job.sequences[item.choice] = item.sequence
+        else:
+            job.sequences.pop(item.choice, None)
+        if job.receipt is None and item.sequence.output_tokens == 1 + len(self._emitted(job, item.choice)):
+            job.receipt = self._local_receipt(item.sequence)
+        index = item.sequence.output_tokens - 1
+        return Token(item.choice, index, item.token.token_id, item.token.logprob, item.token.top, item.finish)
+
+    def _emitted(self, job: _Job, choice: int) -> tuple[int, ...]:
+        return job.submit.emitted[choice] if job.submit.emitted else ()
+
+    def sweep(self) -> None:
+        """Fail what is past its deadline. Called about once a second."""
+        now_s = self._clock()
+        for job in [j for j in self._jobs.values() if j.shared.deadline_s <= now_s]:
+            self._fail(job, DeadlineExceeded("the request ran past its deadline"))
+
+    # --- ends --------------------------------------------------------------------------------------------------
+
+    def _send(self, job: _Job, tokens: tuple[Token, ...]) -> None:
+        self._outlet.send([self._tokens(job, tokens)])
+
+    def _tokens(self, job: _Job, tokens: tuple[Token, ...]) -> Tokens:
+        receipt, job.receipt = job.receipt, None
+        return Tokens(job.submit.request_id, job.submit.attempt, tokens, receipt)
+
+    def _end_choice(self, job: _Job, choice: int) -> None:
+        """The router needs this choice no longer. One that still shares its sequence ends when they part."""
+        sequence = job.sequences.get(choice)
+        if sequence is None or len(sequence.choices) > 1:
+            return
+        del job.sequences[choice]
+        self._engine.remove(sequence)
+        if not job.sequences:
+            self._over(job)
+
+    def _over(self, job: _Job) -> None:
+        self._jobs.pop(job.key, None)
+        self._outlet.end((job.submit.request_id, job.submit.attempt))
+
+    def _drop(self, job: _Job) -> None:
+        """Let go of everything, without a word."""
+        self._jobs.pop(job.key, None)
+        if job.expected:
+            self._receiver.cancel(job.key)
+        for sequence in {s.sequence_id: s for s in job.sequences.values()}.values():
+            self._engine.remove(sequence)
+
+    def _fail(self, job: _Job, error: BatonError, blames: WorkerId | None = None) -> None:
+        self._drop(job)
+        self._outlet.send([RequestFailed(*_ids(job), error.code, error.message, blames)])
+
+    # --- figures -----------------------------------------------------------------------------------------------
+
+    def _growth_of(self, sequence: Sequence) -> int:
+        """Pages that a sequence is expected to take yet: up to its limit, but no more than the projection."""
+        left = sequence.params.max_tokens - sequence.output_tokens
+        return -(-min(left, self._growth_tokens) // self._engine.page_size)
+
+    def _growth_pages(self) -> int:
+        coming = [job.shared for job in self._jobs.values() if job.reserved and job.expected]
+        running = sum(self._growth_of(sequence) for sequence in self._engine.sequences)
+        return running + sum(self._growth_of(shared) * len(shared.choices) for shared in coming)
+
+    def _receipt_of(self, job: _Job, receipt: Receipt, exposed_s: float) -> Receipt:
+        """The source's share, less what was cached here: where both had it, it was ours that counted."""
+        here = min(job.shared.cached_tokens, job.shared.prompt_tokens)
+        cached_there = max(0, receipt.cached_prefill_tokens - here)
+        return Receipt(
+            cached_prefill_tokens=cached_there,
+            cached_decode_tokens=here,
+            computed_tokens=job.shared.prompt_tokens - here - cached_there,
+            transferred_tokens=job.shared.prompt_tokens - here,
+            exposed_transfer_s=exposed_s,
+            queue_s=receipt.queue_s,
+        )
+
+    def _local_receipt(self, sequence: Sequence) -> Receipt:
+        return Receipt(
+            cached_decode_tokens=sequence.cached_tokens,
+            computed_tokens=sequence.prompt_tokens - sequence.cached_tokens,
+            recomputed_tokens=sequence.recomputed_tokens,
+            queue_s=(sequence.first_admitted_s or sequence.arrived_s) - sequence.arrived_s,
+        )
+
+    @property
+    def expected_requests(self) -> int:
+        return sum(job.expected for job in self._jobs.values())
+
+    @property
+    def oldest_expected_s(self) -> float:
+        """How long the oldest prefill that is owed to us has taken so far."""
+        return max((self._clock() - job.since_s for job in self._jobs.values() if job.expected), default=0.0)
+
+
+def _ids(job: _Job) -> tuple[str, int]:
+    return job.submit.request_id, job.submit.attempt

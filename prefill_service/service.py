@@ -1,0 +1,272 @@
+"""The life of an attempt on the prefill tier: queued, granted, computed chunk by chunk, sealed, closed.
+
+    submit -> QUEUED --its turn; Next--> granted --chunks; Ready--> sealed, token 0 --Close--> pages back to the cache
+                 ^          | Busy
+                 `----------'            failed or cancelled at any point: the source end tells the peer
+
+Nothing is computed without a grant, and no page of ours is held while a decode worker is asked for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from core.clock import Clock
+from core.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest, NoCapacity
+from core.messages import Cancel, Peer, Receipt, RequestFailed, Submit, Token, Tokens
+from engine.engine import Engine, Sampled, StepReport
+from engine.intake import Intake
+from engine.sequence import Sequence, Status
+from kvtransfer.messages import Grant, HandoffKey
+from kvtransfer.source_link import PageRef
+from session.outlet import Outlet
+
+log = logging.getLogger(__name__)
+
+Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+
+
+class Source(Protocol):
+    """The source end of the hand-off: kvtransfer.source_link.HandoffSource."""
+
+    def accepts_prefill(self) -> bool: ...
+
+    async def offer(
+        self, key: HandoffKey, peer: Peer, prompt_tokens: int, choices: int, deadline_s: float
+    ) -> Grant: ...
+
+    def ready(self, key: HandoffKey, pages: list[PageRef]) -> None: ...
+
+    def seal(
+        self, key: HandoffKey, tail: PageRef | None, tail_tokens: int, tokens: tuple[Token, ...], receipt: Receipt
+    ) -> None: ...
+
+    def fail(self, key: HandoffKey, error: BatonError) -> None: ...
+
+    def cancel(self, key: HandoffKey) -> None: ...
+
+
+@dataclass(slots=True)
+class _Job:
+    submit: Submit
+    peer: Peer
+    sequence: Sequence
+    offer: asyncio.Task[None] | None = None  # while a grant is being asked for
+    granted: bool = False
+    sealed: bool = False
+    told_pages: int = 0  # full pages that the peer has or has been told of
+    not_before_s: float = 0.0  # after Busy
+
+    @property
+    def key(self) -> HandoffKey:
+        return HandoffKey(self.submit.request_id, self.submit.attempt)
+
+
+class PrefillService:
+    """Owned by the event loop's thread, like the engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        intake: Intake,
+        source: Source,
+        outlet: Outlet,
+        clock: Clock,
+        spawn: Spawn,
+        *,
+        max_queued: int = 1024,
+        ahead_tokens: int = 1024,
+        busy_backoff_s: float = 0.05,
+    ) -> None:
+        self._engine = engine
+        self._intake = intake
+        self._source = source
+        self._outlet = outlet
+        self._clock = clock
+        self._spawn = spawn
+        self._max_queued = max_queued
+        self._ahead_tokens = ahead_tokens
+        self._busy_backoff_s = busy_backoff_s
+        self._jobs: dict[HandoffKey, _Job] = {}
+
+    # --- from the router ---------------------------------------------------------------------------------------
+
+    def submit(self, submit: Submit) -> None:
+        """Raises InvalidRequest or NoCapacity; otherwise the attempt is queued."""
+        self._intake.check(submit)
+        if submit.peer is None:
+            raise InvalidRequest("a prefill worker needs to be told its decode worker")
+        if len(self._jobs) >= self._max_queued:
+            raise NoCapacity("the prefill queue is full")
+        sequence = self._intake.shared(submit, self._engine.new_id(), single_step=True)
+        job = _Job(submit, submit.peer, sequence)
+        self._jobs[job.key] = job
+        self.pump()
+
+    def cancel(self, cancel: Cancel) -> None:
+        job = self._jobs.get(HandoffKey(cancel.request_id, cancel.attempt))
+        if job is None or cancel.choices:
+            return
+        self._end(job, Cancelled("cancelled by the router"), tell_router=False)
+
+    # --- the queue ---------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Ask for grants, most urgent first, so far ahead that the engine never waits for one."""
+        now_s = self._clock()
+        for job in [j for j in self._jobs.values() if j.sequence.deadline_s <= now_s and not j.sealed]:
+            self._end(job, DeadlineExceeded("the prefill did not begin or end in time"))
+        ahead = sum(len(j.sequence.ids) - j.sequence.computed for j in self._jobs.values() if _is_ahead(j))
+        queue = [j for j in self._jobs.values() if not _is_ahead(j) and not j.sealed and j.not_before_s <= now_s]
+        for job in sorted(queue, key=_urgency):
+            if ahead >= self._ahead_tokens or not self._source.accepts_prefill() or not self._has_room(job):
+                break
+            ahead += len(job.sequence.ids)
+            job.offer = self._spawn(self._offer(job))
+
+    def _has_room(self, job: _Job) -> bool:
+        """Pages for the whole prompt, beside what those ahead of it will take."""
+        size = self._engine.page_size
+        asked = sum(-(-len(j.sequence.ids) // size) for j in self._jobs.values() if j.offer is not None)
+        return asked + -(-len(job.sequence.ids) // size) <= self._engine.pool.reusable
+
+    async def _offer(self, job: _Job) -> None:
+        """Ask the peer for pages; begin when it grants them."""
+        remaining_s = job.sequence.deadline_s - self._clock()
+        try:
+            grant = await self._source.offer(job.key, job.peer, len(job.sequence.ids), job.submit.params.n, remaining_s)
+        except NoCapacity:
+            job.offer = None
+            job.not_before_s = self._clock() + self._busy_backoff_s
+            return
+        except BatonError as error:
+            job.offer = None
+            self._end(job, error)
+            return
+        job.offer = None
+        self._begin(job, grant)
+
+    def _begin(self, job: _Job, grant: Grant) -> None:
+        if not self._engine.reserve(job.sequence):
+            self._end(job, NoCapacity("the prefill pool filled up while the grant was on its way"))
+            return
+        job.granted = True
+        job.told_pages = grant.prefix_pages
+        self._engine.add(job.sequence)
+        self._tell_ready(job)
+
+    # --- from the engine ---------------------------------------------------------------------------------------
+
+    def on_step(self, report: StepReport) -> None:
+        for sequence in report.advanced:
+            job = self._job_of(sequence)
+            if job is not None:
+                self._tell_ready(job)
+        for sequence, error in report.failed:
+            job = self._job_of(sequence)
+            if job is not None:
+                self._end(job, error)
+        by_sequence: dict[int, list[Sampled]] = {}
+        for item in report.sampled:
+            by_sequence.setdefault(item.sequence.sequence_id, []).append(item)
+        for items in by_sequence.values():
+            job = self._job_of(items[0].sequence)
+            if job is not None:
+                self._seal(job, items)
+        self.pump()
+
+    def _job_of(self, sequence: Sequence) -> _Job | None:
+        return self._jobs.get(HandoffKey(sequence.request_id, sequence.attempt))
+
+    def _tell_ready(self, job: _Job) -> None:
+        """Name the pages that have become full since the last time."""
+        full = job.sequence.computed // self._engine.page_size
+        if full > job.told_pages:
+            hashes = job.sequence.full_hashes(self._engine.page_size)
+            pages = [PageRef(p, hashes[p], job.sequence.pages[p]) for p in range(job.told_pages, full)]
+            job.told_pages = full
+            self._source.ready(job.key, pages)
+
+    def _seal(self, job: _Job, items: list[Sampled]) -> None:
+        """The prompt is computed and its next tokens are known: to the router first, then to the peer."""
+        self._tell_ready(job)
+        job.sealed = True
+        sequence = job.sequence
+        tokens = tuple(_token(item, sequence.output_tokens) for item in items)
+        self._outlet.send([Tokens(sequence.request_id, sequence.attempt, tokens)])
+        self._outlet.end((sequence.request_id, sequence.attempt))
+        full, used = divmod(len(sequence.ids), self._engine.page_size)
+        tail = PageRef(full, b"", sequence.pages[full]) if used else None
+        self._source.seal(job.key, tail, used, tokens, self._receipt(sequence))
+
+    def _receipt(self, sequence: Sequence) -> Receipt:
+        queue_s = (sequence.first_admitted_s or sequence.arrived_s) - sequence.arrived_s
+        computed = sequence.prompt_tokens - sequence.cached_tokens
+        return Receipt(cached_prefill_tokens=sequence.cached_tokens, computed_tokens=computed, queue_s=queue_s)
+
+    # --- from the hand-off -------------------------------------------------------------------------------------
+
+    def on_closed(self, key: HandoffKey, committed: bool, error: BatonError | None) -> None:
+        """The peer has taken the pages, or the hand-off has failed: ours go back to the cache."""
+        job = self._jobs.pop(key, None)
+        if job is None:
+            return
+        if job.offer is not None:
+            job.offer.cancel()
+        if job.sequence.status is not Status.WAITING:
+            self._engine.remove(job.sequence)
+        if not committed:
+            self._report_failure(job, error or Cancelled("the decode worker closed the hand-off"))
+        self.pump()
+
+    def _end(self, job: _Job, error: BatonError, *, tell_router: bool = True) -> None:
+        """This attempt is over here: the peer is told, the router if it does not know."""
+        self._jobs.pop(job.key, None)
+        if job.offer is not None:
+            job.offer.cancel()
+        if isinstance(error, Cancelled):
+            self._source.cancel(job.key)
+        else:
+            self._source.fail(job.key, error)
+        if job.sequence.status is not Status.WAITING:
+            self._engine.remove(job.sequence)
+        if tell_router:
+            self._report_failure(job, error)
+
+    def _report_failure(self, job: _Job, error: BatonError) -> None:
+        key = (job.submit.request_id, job.submit.attempt)
+        self._outlet.send([RequestFailed(*key, error.code, error.message)])
+        self._outlet.end(key)
+
+    # --- figures -----------------------------------------------------------------------------------------------
+
+    @property
+    def waiting_requests(self) -> int:
+        return sum(not job.granted for job in self._jobs.values())
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens that have not been computed yet, queued ones included."""
+        return sum(len(job.sequence.ids) - job.sequence.computed for job in self._jobs.values() if not job.sealed)
+
+    @property
+    def oldest_wait_s(self) -> float:
+        waits = [self._clock() - j.sequence.arrived_s for j in self._jobs.values() if not j.sealed]
+        return max(waits, default=0.0)
+
+
+def _is_ahead(job: _Job) -> bool:
+    """Asked for or granted, and not computed to the end."""
+    return job.offer is not None or (job.granted and not job.sealed)
+
+
+def _urgency(job: _Job) -> tuple[int, float, float]:
+    return job.sequence.priority, job.sequence.deadline_s, job.sequence.arrived_s
+
+
+def _token(item: Sampled, index: int) -> Token:
+    return Token(item.choice, index, item.token.token_id, item.token.logprob, item.token.top, item.finish)

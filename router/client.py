@@ -1,0 +1,341 @@
+"""The router's end of the session with one worker over gRPC: keeps it open, resumes it, says when the worker is gone.
+
+connecting --Welcome--> up --stream breaks--> reconnecting --same incarnation within resume_s--> up (resumed)
+                         |                         |--another incarnation, or too late--> down
+                         `--silent for silence_s---------------------------------------> down
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from core.clock import Clock
+from core.errors import EngineError, WorkerLost
+from core.messages import (
+    Cancel,
+    FinishReason,
+    Load,
+    PagesChanged,
+    Receipt,
+    RequestFailed,
+    Role,
+    Submit,
+    Token,
+    TokenBatch,
+    Tokens,
+    WorkerId,
+    WorkerInfo,
+)
+from core.sampling import SamplingParams
+from core.wire_version import MAJOR, MINOR
+from router.workers import Workers
+from wire import session_pb2 as pb
+from wire import session_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", 1 << 20),
+    ("grpc.max_send_message_length", 17 << 20),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_ROLES = {pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE, pb.ROLE_AGGREGATED: Role.AGGREGATED}
+_FINISHES = {pb.FINISH_STOP: FinishReason.STOP, pb.FINISH_LENGTH: FinishReason.LENGTH}
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTimes:
+    connect_s: float = 2.0
+    retry_s: float = 0.1
+    resume_s: float = 1.0  # a break shorter than this is resumed, not a loss
+    silence_s: float = 2.5  # a worker sends its load twice a second; SIGSTOP shows as silence
+    outbox_messages: int = 4096
+
+
+class WorkerClient:
+    """A router.workers.Link. `run` keeps the session until it is cancelled."""
+
+    def __init__(
+        self, endpoint: str, router: str, workers: Workers, clock: Clock, times: SessionTimes | None = None
+    ) -> None:
+        self._endpoint = endpoint
+        self._router = router
+        self._workers = workers
+        self._clock = clock
+        self._times = times or SessionTimes()
+        self._worker: WorkerId | None = None  # while it counts as up
+        self._outbox: asyncio.Queue[pb.ToWorker] = asyncio.Queue(self._times.outbox_messages)
+        self._heard_s = 0.0
+        self._broken_s: float | None = None
+        self._stub: session_pb2_grpc.WorkerAsyncStub | None = None
+
+    # --- the link ----------------------------------------------------------------------------------------------
+
+    def submit(self, submit: Submit) -> None:
+        self._put(pb.ToWorker(submit=_encode_submit(submit)))
+
+    def cancel(self, cancel: Cancel) -> None:
+        try:
+            self._put(
+                pb.ToWorker(
+                    cancel=pb.Cancel(request_id=cancel.request_id, attempt=cancel.attempt, choices=cancel.choices)
+                )
+            )
+        except WorkerLost:
+            log.info("cancel of %s not sent: the session is broken", cancel.request_id)
+
+    def _put(self, message: pb.ToWorker) -> None:
+        try:
+            self._outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            raise WorkerLost(f"the session with {self._worker} does not take messages") from None
+
+    async def health(self) -> float:
+        """Seconds for one turn of the worker's engine loop. Raises WorkerLost or EngineError."""
+        if self._stub is None:
+            raise WorkerLost(f"no session with {self._endpoint}")
+        try:
+            return (await self._stub.Health(pb.HealthRequest(), timeout=5.0)).loop_s
+        except grpc.aio.AioRpcError as error:
+            raise EngineError(f"{self._worker}: {error.details()}") from None
+
+    async def metrics(self) -> bytes:
+        """The worker's metrics text; empty when it cannot be had."""
+        if self._stub is None:
+            return b""
+        try:
+            return (await self._stub.Metrics(pb.MetricsRequest(), timeout=1.0)).text
+        except grpc.aio.AioRpcError:
+            return b""
+
+    # --- the session -------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Connect, and connect again, until cancelled."""
+        try:
+            while True:
+                await self._session()
+                self._broken_s = self._broken_s or self._clock()
+                if self._clock() - self._broken_s >= self._times.resume_s:
+                    self._down()
+                await asyncio.sleep(self._times.retry_s)
+        finally:
+            self._down()
+
+    async def _session(self) -> None:
+        """One connection, until it breaks."""
+        async with grpc.aio.insecure_channel(self._endpoint, options=CHANNEL_OPTIONS) as channel:
+            try:
+                async with asyncio.timeout(self._times.connect_s):
+                    await channel.channel_ready()
+            except TimeoutError:
+                return
+            self._stub = session_pb2_grpc.WorkerStub(channel)
+            try:
+                await self._talk()
+            except (grpc.aio.AioRpcError, asyncio.IncompleteReadError) as error:
+                log.info("session with %s broke: %s", self._endpoint, error)
+            finally:
+                self._stub = None
+
+    async def _talk(self) -> None:
+        assert self._stub is not None
+        running = [] if self._worker is None else self._workers.running(self._worker)
+        resume = [
+            pb.Resume(request_id=inbox.request_id, attempt=inbox.attempt, next_index=inbox.next_index())
+            for inbox in running
+        ]
+        hello = pb.Hello(version=pb.Version(major=MAJOR, minor=MINOR), router=self._router, resume=resume)
+        call = self._stub.Tokens(self._sending(hello))
+        first = await call.read()
+        if not isinstance(first, pb.FromWorker) or not first.HasField("welcome"):
+            return
+        self._up(_decode_info(first.welcome))
+        events = asyncio.create_task(self._events(), name="worker-events")
+        watch = asyncio.create_task(self._watch(call.cancel), name="worker-watch")
+        try:
+            async for message in call:
+                self._heard_s = self._clock()
+                self._take(message)
+        except asyncio.CancelledError:
+            if not call.cancelled() or asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+        finally:
+            call.cancel()
+            await _stop(events, watch)
+
+    async def _sending(self, hello: pb.Hello) -> AsyncIterator[pb.ToWorker]:
+        yield pb.ToWorker(hello=hello)
+        while True:
+            yield await self._outbox.get()
+
+    async def _events(self) -> None:
+        """Load and prefix-cache changes; asked for again from a snapshot after a gap."""
+        assert self._stub is not None
+        request = pb.EventsRequest(version=pb.Version(major=MAJOR, minor=MINOR), router=self._router)
+        while True:
+            try:
+                async for event in self._stub.Events(request):
+                    self._heard_s = self._clock()
+                    if not self._take_event(event):
+                        break
+            except grpc.aio.AioRpcError as error:
+                log.info("events of %s broke: %s", self._endpoint, error.details())
+                return
+
+    async def _watch(self, cut: Callable[[], bool]) -> None:
+        """A worker that is silent for too long is down, whatever its sockets say."""
+        while (left_s := self._heard_s + self._times.silence_s - self._clock()) > 0:
+            await asyncio.sleep(left_s)
+        log.warning("worker %s is silent: taken for lost", self._worker)
+        self._down()
+        cut()
+
+    def _up(self, info: WorkerInfo) -> None:
+        if self._worker is not None and self._worker != info.worker:
+            self._down()
+        self._worker, self._broken_s, self._heard_s = info.worker, None, self._clock()
+        self._workers.up(info, self)
+
+    def _down(self) -> None:
+        """What waits to be sent was meant for that incarnation."""
+        if self._worker is not None:
+            self._workers.down(self._worker)
+            self._worker = None
+        while not self._outbox.empty():
+            self._outbox.get_nowait()
+
+    def _take(self, message: pb.FromWorker) -> None:
+        assert self._worker is not None
+        if message.HasField("batch"):
+            self._workers.on_batch(self._worker, TokenBatch(tuple(map(_decode_tokens, message.batch.items))))
+        elif message.HasField("failed"):
+            self._workers.on_failed(self._worker, _decode_failed(message.failed))
+
+    def _take_event(self, event: pb.Event) -> bool:
+        """False when events have been missed."""
+        if self._worker is None:
+            return True
+        if event.HasField("load"):
+            self._workers.on_load(self._worker, _decode_load(event.load))
+            return True
+        pages = event.pages
+        change = PagesChanged(pages.number, tuple(pages.stored), tuple(pages.removed), pages.snapshot)
+        return self._workers.on_pages(self._worker, change)
+
+
+async def _stop(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _encode_submit(submit: Submit) -> pb.Submit:
+    peer = submit.peer
+    return pb.Submit(
+        request_id=submit.request_id,
+        attempt=submit.attempt,
+        prompt_ids=submit.prompt_ids,
+        sampling=_encode_sampling(submit.params),
+        seed=submit.seed,
+        deadline_s=submit.deadline_s,
+        peer=None if peer is None else pb.Peer(worker=_encode_worker(peer.worker), endpoint=peer.endpoint),
+        emitted=[pb.Ids(ids=ids) for ids in submit.emitted],
+        finished=submit.finished,
+        salt=submit.salt,
+        priority=submit.priority,
+    )
+
+
+def _encode_worker(worker: WorkerId) -> pb.WorkerId:
+    return pb.WorkerId(name=worker.name, incarnation=worker.incarnation)
+
+
+def _encode_sampling(params: SamplingParams) -> pb.Sampling:
+    """All but the stop strings, which the router applies, and the seed, which Submit carries."""
+    return pb.Sampling(
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        n=params.n,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        typical_p=params.typical_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=dict(params.logit_bias),
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logprobs=params.logprobs,
+    )
+
+
+def _decode_info(m: pb.Welcome) -> WorkerInfo:
+    return WorkerInfo(
+        worker=WorkerId(m.worker.name, m.worker.incarnation),
+        role=_ROLES[m.role],
+        identity=m.identity,
+        layout=m.layout,
+        page_size=m.page_size,
+        pages_total=m.pages_total,
+        max_context_tokens=m.max_context_tokens,
+        handoff_endpoint=m.handoff_endpoint,
+    )
+
+
+def _decode_tokens(m: pb.Tokens) -> Tokens:
+    receipt = _decode_receipt(m.receipt) if m.HasField("receipt") else None
+    return Tokens(m.request_id, m.attempt, tuple(map(_decode_token, m.tokens)), receipt)
+
+
+def _decode_token(m: pb.Token) -> Token:
+    return Token(
+        m.choice,
+        m.index,
+        m.token_id,
+        m.logprob if m.HasField("logprob") else None,
+        tuple((likely.token_id, likely.logprob) for likely in m.top),
+        _FINISHES.get(m.finish),
+    )
+
+
+def _decode_receipt(m: pb.Receipt) -> Receipt:
+    return Receipt(
+        m.cached_prefill_tokens,
+        m.cached_decode_tokens,
+        m.computed_tokens,
+        m.recomputed_tokens,
+        m.transferred_tokens,
+        m.exposed_transfer_s,
+        m.queue_s,
+    )
+
+
+def _decode_failed(m: pb.RequestFailed) -> RequestFailed:
+    blames = WorkerId(m.blames.name, m.blames.incarnation) if m.HasField("blames") else None
+    return RequestFailed(m.request_id, m.attempt, m.code, m.message, blames)
+
+
+def _decode_load(m: pb.Load) -> Load:
+    return Load(
+        m.waiting_requests,
+        m.waiting_tokens,
+        m.running_requests,
+        dict(m.pages),
+        m.prefill_tokens_per_s,
+        m.step_s,
+        dict(m.handoffs),
+        m.draining,
+    )

@@ -1,0 +1,255 @@
+"""The saga of one request: placed on a pair of workers, submitted to both, followed to its end, tried again elsewhere.
+
+    place --> submit (attempt k) --> tokens ... --> done
+      ^                                  |
+      `--- a worker or the hand-off fails, within the budget: what has been emitted goes along, k + 1
+
+P's tokens are only the first of each choice; D repeats them. Whoever is first is emitted, and each index once.
+Once D has spoken, the loss of P means nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+from core.clock import Clock
+from core.errors import (
+    BatonError,
+    DeadlineExceeded,
+    HandoffError,
+    NoCapacity,
+    PoisonRequest,
+    RequestError,
+    WorkerError,
+    WorkerLost,
+    leaves,
+)
+from core.messages import Cancel, Peer, RequestFailed, Submit, WorkerId
+from router.choose import Need, Placement, Terms, choose
+from router.generation import GenerationRequest, Step
+from router.progress import Progress
+from router.retries import MAX_REPLAYS, POISON_WORKERS, PairHealth, RetryBudget
+from router.workers import Inbox, Lost, Message, Workers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Run:
+    """Everything about one request that outlives an attempt."""
+
+    request: GenerationRequest
+    progress: Progress
+    ends_s: float
+    attempt: int = 0
+    placement: Placement | None = None
+    retries: int = 0
+    lost_workers: int = 0
+    excluded: set[WorkerId] = field(default_factory=set)
+    local_refused: bool = False
+    decode_spoke: bool = False
+
+
+class SagaCounters:
+    """What the saga counts; the router's metrics take its place."""
+
+    def retried(self, reason: str) -> None:
+        """An attempt has failed and another follows."""
+
+    def replayed(self) -> None:
+        """The new attempt goes on after tokens that the client has."""
+
+    def placed(self, local: bool) -> None:
+        """An attempt was submitted."""
+
+
+class Saga:
+    """The Generator over real (or simulated) workers."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        clock: Clock,
+        terms: Terms,
+        *,
+        placement_wait_s: float = 15.0,
+        counters: SagaCounters | None = None,
+    ) -> None:
+        self._workers = workers
+        self._clock = clock
+        self._terms = terms
+        self._placement_wait_s = placement_wait_s
+        self._counters = counters or SagaCounters()
+        self._budget = RetryBudget()
+        self._pairs = PairHealth()
+        self._runs: dict[str, _Run] = {}
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Step]:
+        """See router.generation.Generator."""
+        progress = Progress(request.params.n, request.params.max_tokens)
+        run = _Run(request, progress, self._clock() + request.deadline_s)
+        self._runs[request.request_id] = run
+        self._budget.offered()
+        try:
+            while not progress.is_done:
+                try:
+                    run.placement = await self._place(run)
+                    async for step in self._attempt(run, run.placement):
+                        yield step
+                except BatonError as error:
+                    self._judge(run, error)
+        finally:
+            del self._runs[request.request_id]
+            self._workers.close(request.request_id)
+            self._cancel(run)
+
+    def finish_choice(self, request_id: str, choice: int) -> None:
+        """See router.generation.Generator."""
+        run = self._runs.get(request_id)
+        if run is not None and run.placement is not None:
+            run.progress.finish(choice)
+            self._workers.cancel(run.placement.decode, Cancel(request_id, run.attempt, (choice,)))
+
+    # --- one attempt -------------------------------------------------------------------------------------------
+
+    async def _place(self, run: _Run) -> Placement:
+        """Wait for workers that can take it. Raises NoCapacity or DeadlineExceeded."""
+        give_up_s = min(run.ends_s, self._clock() + self._placement_wait_s)
+        while True:
+            placement = self._choose(run)
+            if placement is not None:
+                return placement
+            left_s = give_up_s - self._clock()
+            if left_s <= 0:
+                raise NoCapacity("no worker can take the request now", retry_after_s=self._placement_wait_s)
+            try:
+                async with asyncio.timeout(left_s):
+                    await self._workers.changed()
+            except TimeoutError:
+                continue
+
+    def _choose(self, run: _Run) -> Placement | None:
+        request = run.request
+        need = Need(
+            len(request.prompt_ids),
+            request.params.max_tokens,
+            frozenset(run.excluded),
+            self._pairs.shunned(self._clock()),
+            run.local_refused,
+        )
+        candidates = self._workers.candidates(request.prompt_ids, request.salt)
+        return choose(candidates, need, self._terms) or choose(
+            candidates, replace(need, excluded=frozenset()), self._terms
+        )
+
+    async def _attempt(self, run: _Run, placement: Placement) -> AsyncIterator[Step]:
+        """Submit to the pair and follow its tokens. Raises what made it fail."""
+        run.attempt += 1
+        run.decode_spoke = False
+        pair = (placement.decode,) if placement.prefill is None else (placement.decode, placement.prefill)
+        inbox = self._workers.open(run.request.request_id, run.attempt, pair, run.progress.next_index)
+        self._submit(run, placement)
+        while not run.progress.is_done:
+            worker, message = await self._next(inbox, run.ends_s)
+            step = self._take(run, worker, message)
+            if step is not None:
+                yield step
+
+    async def _next(self, inbox: Inbox, ends_s: float) -> tuple[WorkerId, Message]:
+        try:
+            async with asyncio.timeout(max(0.0, ends_s - self._clock())):
+                return await inbox.messages.get()
+        except TimeoutError:
+            raise DeadlineExceeded("the request ran past its deadline") from None
+
+    def _submit(self, run: _Run, placement: Placement) -> None:
+        """To D first: it must know the prompt when P asks it for pages."""
+        self._counters.placed(placement.prefill is None)
+        decode = self._workers.info(placement.decode)
+        if placement.prefill is None:
+            self._workers.submit(decode.worker, self._message(run, None))
+            return
+        prefill = self._workers.info(placement.prefill)
+        self._workers.submit(decode.worker, self._message(run, Peer(prefill.worker, prefill.handoff_endpoint)))
+        self._workers.submit(prefill.worker, self._message(run, Peer(decode.worker, decode.handoff_endpoint)))
+
+    def _message(self, run: _Run, peer: Peer | None) -> Submit:
+        request = run.request
+        assert request.params.seed is not None, "the front sets a seed"
+        return Submit(
+            request_id=request.request_id,
+            attempt=run.attempt,
+            prompt_ids=request.prompt_ids,
+            params=request.params,
+            seed=request.params.seed,
+            deadline_s=run.ends_s - self._clock(),
+            peer=peer,
+            emitted=run.progress.emitted_ids(),
+            finished=run.progress.finished,
+            salt=request.salt,
+            priority=request.priority,
+        )
+
+    def _take(self, run: _Run, worker: WorkerId, message: Message) -> Step | None:
+        """A step for the client, or None. Raises when the attempt has failed."""
+        assert run.placement is not None
+        if isinstance(message, Lost | RequestFailed):
+            if worker == run.placement.prefill and run.decode_spoke:
+                return None
+            raise _error_of(message)
+        run.decode_spoke |= worker == run.placement.decode
+        tokens = run.progress.accept(message)
+        return Step(tokens, message.receipt) if tokens or message.receipt else None
+
+    # --- after a failure ---------------------------------------------------------------------------------------
+
+    def _judge(self, run: _Run, error: BatonError) -> None:
+        """Return to try again; raise what the client is told."""
+        if isinstance(error, RequestError | DeadlineExceeded) or run.placement is None:
+            raise error
+        if isinstance(error, NoCapacity) and run.placement.prefill is None and not run.local_refused:
+            run.local_refused = True  # D's budget for local prefill is taken: a prefill worker's turn
+            self._cancel(run)
+            return
+        if not isinstance(error, WorkerError | HandoffError | NoCapacity):
+            raise error
+        self._blame(run, error)
+        if run.lost_workers >= POISON_WORKERS:
+            raise PoisonRequest("this request has cost two workers and is not tried again")
+        if run.retries >= MAX_REPLAYS or not self._budget.take():
+            raise NoCapacity(f"tried {run.attempt} times: {error.message}", retry_after_s=1.0)
+        run.retries += 1
+        self._counters.retried(error.code)
+        if run.progress.has_emitted:
+            self._counters.replayed()
+        log.warning("request %s attempt %d failed (%s): again", run.request.request_id, run.attempt, error.message)
+        self._cancel(run)
+        run.placement = None
+
+    def _blame(self, run: _Run, error: BatonError) -> None:
+        placement = run.placement
+        assert placement is not None
+        if isinstance(error, WorkerLost):
+            run.lost_workers += 1
+        elif isinstance(error, WorkerError):
+            run.excluded.add(placement.prefill or placement.decode)
+        if isinstance(error, HandoffError) and placement.prefill is not None:
+            self._pairs.failed((placement.prefill, placement.decode), self._clock())
+
+    def _cancel(self, run: _Run) -> None:
+        """Every holder of the attempt lets go. To those that have ended it already this says nothing new."""
+        if run.placement is None:
+            return
+        cancel = Cancel(run.request.request_id, run.attempt)
+        for worker in (run.placement.decode, run.placement.prefill):
+            if worker is not None:
+                self._workers.cancel(worker, cancel)
+
+
+def _error_of(message: Lost | RequestFailed) -> BatonError:
+    if isinstance(message, Lost):
+        return WorkerLost(f"worker {message.worker} is gone")
+    return leaves().get(message.code, WorkerError)(message.message)
