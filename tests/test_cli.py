@@ -10,6 +10,7 @@ import pytest
 import baton
 from baton.__main__ import COMMANDS, Command, main, run_command
 from core.errors import CheckpointError, PortInUse, QueueFull
+from core.sampling import SamplingParams
 
 
 def failing(error: BaseException) -> SimpleNamespace:
@@ -90,3 +91,9 @@ def test_the_help_of_a_command_shows_defaults_that_mean_something(capsys: pytest
     shown = " ".join(capsys.readouterr().out.split())
     assert "(default: 512)" in shown
     assert "(default: None)" not in shown and "(default: False)" not in shown
+
+
+def test_what_a_program_imports_is_loaded_when_it_is_used() -> None:
+    assert baton.SamplingParams is SamplingParams
+    with pytest.raises(AttributeError, match="no attribute 'Manager'"):
+        baton.Manager  # noqa: B018
