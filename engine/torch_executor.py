@@ -1,0 +1,108 @@
+"""Runs a batch in torch: checks the rows, writes and attends through the pages, samples. One step, one model call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from core.errors import EngineError
+from core.layout import PageLayout
+from engine.batch import Batch, PageCopy, Row, RowResult
+from engine.model import Attend, Model
+from engine.sampler import sample_rows
+from engine.step import Step, logits_rows, prepare
+from kernels.page_write import page_write
+from kernels.paged_attention import GatherBuffer, paged_attention
+
+
+class TorchExecutor:
+    """Implements engine.batch.Executor over `frames`, the pool's memory: pages * layout.page_bytes writable bytes.
+
+    The memory stays the caller's, and must outlive the executor. `threads` is how many compute threads torch may use
+    on the thread that calls `execute`.
+    """
+
+    def __init__(self, model: Model, layout: PageLayout, frames: memoryview, threads: int) -> None:
+        config = model.config
+        shape = (layout.kv_heads, layout.layers, layout.parts, layout.page_size, layout.head_dim)
+        assert shape == (config.kv_heads, config.layers, 2, layout.page_size, config.head_dim), shape
+        assert model.dtype == getattr(torch, layout.dtype), (model.dtype, layout.dtype)
+        assert len(frames) % layout.page_bytes == 0, (len(frames), layout.page_bytes)
+        self._model = model
+        self._threads = threads
+        self._frames = torch.frombuffer(frames, dtype=model.dtype).view(-1, *shape)  # [N, K, L, 2, P, D]
+        self._scale = config.head_dim**-0.5
+        self._buffer = GatherBuffer()
+
+    def execute(self, batch: Batch) -> list[RowResult]:
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        faults = [self._fault(row) for row in batch.rows]
+        sound = [row for row, fault in zip(batch.rows, faults, strict=True) if fault is None]
+        try:
+            with torch.inference_mode():
+                self._copy(batch.copies)
+                results = iter(self._run(sound))
+        except (RuntimeError, IndexError, TypeError, ValueError, MemoryError) as error:
+            raise EngineError(f"a step of {batch.tokens} tokens failed: {error}") from error
+        return [next(results) if fault is None else RowResult(error=fault) for fault in faults]
+
+    def zero_tail(self, page: int, used_tokens: int) -> None:
+        self._frames[page, :, :, :, used_tokens:].zero_()
+
+    def _copy(self, copies: Sequence[PageCopy]) -> None:
+        for copy in copies:
+            self._frames[copy.target].copy_(self._frames[copy.source])
+
+    def _run(self, rows: Sequence[Row]) -> list[RowResult]:
+        if not rows:
+            return []
+        model = self._model
+        step = prepare(rows, self._frames, model.config.heads, model.config.windows)
+        hidden = model.forward(self._embed(step), step.positions, self._attention(step), step.wanted)  # [M, E]
+        if not step.draws:
+            return [RowResult() for _ in rows]
+        return _by_row(rows, sample_rows(model.logits(hidden), step.draws))
+
+    def _attention(self, step: Step) -> Attend:
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            page_write(self._frames, layer, k, v, step.write_rows)
+            return paged_attention(q, self._frames, layer, step.plans[layer], self._scale, self._buffer)
+
+        return attend
+
+    def _embed(self, step: Step) -> torch.Tensor:
+        hidden = self._model.embed(step.ids)  # [T, E]
+        for first, embeddings in step.embeddings:
+            hidden[first : first + len(embeddings)] = embeddings
+        return hidden
+
+    def _fault(self, row: Row) -> str | None:
+        """Why this row cannot be computed, though its neighbours can."""
+        config, end = self._model.config, row.start + len(row.ids)
+        assert row.verify_tokens <= len(row.ids), row
+        assert row.verify_tokens < 2 or row.sample is None or len(row.sample.choices) == 1, row
+        assert row.ids and row.start >= 0 and len(row.pages) * self._frames.shape[4] >= end, row
+        assert min(row.pages) >= 0 and max(row.pages) < len(self._frames), row
+        if end > config.max_positions:
+            return f"position {end - 1} is beyond the model's context of {config.max_positions} tokens"
+        if row.embeddings is not None:
+            wanted = (len(row.ids), config.hidden_size)
+            shape = tuple(row.embeddings.shape)
+            return None if shape == wanted else f"embeddings have the shape {shape}, not {wanted}"
+        if not (min(row.ids) >= 0 and max(row.ids) < config.vocab_size):
+            return f"a token id is outside the vocabulary of {config.vocab_size}"
+        return None
+
+
+def _by_row(rows: Sequence[Row], results: Sequence[RowResult]) -> list[RowResult]:
+    """Several results of one row, one for each verified position, become one."""
+    merged, first = [], 0
+    for row in rows:
+        own = results[first : first + logits_rows(row)]
+        first += len(own)
+        error = next((result.error for result in own if result.error is not None), None)
+        sampled = () if error is not None else tuple(token for result in own for token in result.sampled)
+        merged.append(RowResult(sampled, error))
+    return merged

@@ -1,0 +1,1 @@
+"""One operation per file: contract, plain-torch reference, launcher that checks its inputs. Imports nothing of ours."""
