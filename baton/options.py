@@ -1,0 +1,82 @@
+"""The options of worker and router processes: parsed once into frozen dataclasses, and written back as flags.
+
+The launcher passes options on to its children as flags, so that a child can also be started by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def option(default: Any = MISSING, *, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that is also a flag."""
+    metadata = {"help": help, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    name: str = option(help="name of the worker, unique in its cluster")
+    role: str = option(help="what it does", choices=("prefill", "decode", "aggregated"))
+    model: str = option(help="folder of the checkpoint")
+    listen: str = option(help="where routers and peers reach it, as gRPC writes addresses")
+    dtype: str = option("auto", help="type of weights and KV", choices=("auto", "float32", "bfloat16", "float16"))
+    page_size: int = option(16, help="tokens per page, a multiple of 16")
+    pages: int = option(0, help="pages of the pool; 0: as kv-bytes allows")
+    kv_bytes: int = option(0, help="memory for the pool; 0: eight contexts, at most a quarter of what is free")
+    max_context: int = option(0, help="longest prompt and output together; 0: the model's own")
+    step_tokens: int = option(512, help="prompt tokens computed in one step, at most")
+    local_prefill: int = option(128, help="decode worker: prompts with fewer uncached tokens are prefilled there")
+    max_rows: int = option(256, help="sequences decoded in one step, at most")
+    threads: int = option(0, help="compute threads; 0: one per core")
+    nice: int = option(0, help="lower the priority of the compute threads by this much")
+    prefill_share: float = option(0.25, help="of the cores, left to a prefill on this machine that has waited")
+    prefill_patience_s: float = option(0.5, help="how long such a prefill waits before that")
+    served_name: str = option("", help="name of the model in metrics")
+    report_fd: int = option(-1, help="file descriptor for reports to the launcher")
+    lifeline_fd: int = option(-1, help="file descriptor whose end of file ends the process")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOptions:
+    name: str = option("router", help="name of the router")
+    model: str = option(help="folder of the checkpoint: tokenizer and chat template")
+    workers: str = option(help="name=address of each worker, separated by commas")
+    host: str = option("127.0.0.1", help="address to listen on")
+    port: int = option(8000, help="port to listen on")
+    served_name: str = option("", help="name of the model; the folder's name when empty")
+    max_context: int = option(0, help="longest prompt and output together; 0: the model's own")
+    local_prefill: str = option("128", help="prompts with fewer uncached tokens are prefilled on decode; or 'auto'")
+    placement_wait_s: float = option(15.0, help="how long a request waits for workers that can take it")
+    report_fd: int = option(-1, help="file descriptor for reports to the launcher")
+    lifeline_fd: int = option(-1, help="file descriptor whose end of file ends the process")
+
+
+def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
+    """One flag per field."""
+    for item in fields(options):
+        parser.add_argument(
+            _flag(item.name),
+            type={"int": int, "float": float}.get(str(item.type), str),
+            required=item.default is MISSING,
+            default=None if item.default is MISSING else item.default,
+            choices=item.metadata["choices"],
+            help=item.metadata["help"],
+        )
+
+
+def from_args(options: type[T], args: argparse.Namespace) -> T:
+    return options(**{item.name: getattr(args, item.name) for item in fields(options)})  # type: ignore[arg-type]
+
+
+def to_flags(options: WorkerOptions | RouterOptions) -> list[str]:
+    """The flags that make these options."""
+    return [f"{_flag(item.name)}={getattr(options, item.name)}" for item in fields(options)]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

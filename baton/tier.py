@@ -1,0 +1,169 @@
+"""Composes a worker: one engine under one policy or both, the services over it, what sessions see of them.
+
+    role         policy                                   services
+    prefill      PrefillPolicy                            PrefillService with the hand-off's source
+    decode       DecodePolicy (with a local budget)       DecodeService with the hand-off's receiver
+    aggregated   DecodePolicy, then PrefillPolicy         DecodeService alone: nothing is handed off
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from core.clock import Clock
+from core.errors import EngineError, NoCapacity
+from core.messages import Cancel, Load, PagesChanged, Role, Submit, WorkerInfo
+from core.telemetry.worker_metrics import WorkerMetrics
+from decode_service.policy import DecodePolicy
+from decode_service.service import DecodeService
+from engine.engine import Engine, StepReport
+from engine.policy import EngineView, Policy, StepPlan
+from engine.pool import PagePool
+from prefill_service.policy import PrefillPolicy
+from prefill_service.service import PrefillService
+
+LOAD_PERIOD_S = 0.05
+RATE_WEIGHT = 0.2  # of the newest step in the running means
+
+
+@dataclass(frozen=True, slots=True)
+class BothPolicies:
+    """The aggregated worker's: the running batch first, prompt chunks in what it leaves of the step."""
+
+    decode: DecodePolicy
+    prefill: PrefillPolicy
+
+    def plan(self, view: EngineView) -> StepPlan:
+        running = self.decode.plan(view)
+        if running.preempt:
+            return running
+        prompts = self.prefill.plan(view)
+        return StepPlan(running.rows + prompts.rows, (), running.pause_s)
+
+
+def policy_for(role: Role, decode: DecodePolicy, prefill: PrefillPolicy) -> Policy:
+    """The policy of a role. Raises nothing: every role has one."""
+    return {Role.PREFILL: prefill, Role.DECODE: decode, Role.AGGREGATED: BothPolicies(decode, prefill)}[role]
+
+
+class WorkerTier:
+    """A session.tier.Tier over the services of one worker."""
+
+    def __init__(
+        self, info: WorkerInfo, engine: Engine, pool: PagePool, metrics: WorkerMetrics, clock: Clock
+    ) -> None:
+        self._info = info
+        self._engine = engine
+        self._pool = pool
+        self._metrics = metrics
+        self._clock = clock
+        self.prefill: PrefillService | None = None
+        self.decode: DecodeService | None = None
+        self.handoffs: Callable[[], dict[str, int]] = dict
+        self.published: Callable[[], None] = _nothing  # called after each step: the feeds take the changes
+        self.draining = False
+        self._load = Load()
+        self._load_s = float("-inf")
+        self._changes = 0
+        self._prefill_rate = 0.0  # tokens per second of steps that are mostly prompts
+        self._step_s = 0.0
+        self._preemptions = 0
+
+    # --- session.tier.Tier -------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> WorkerInfo:
+        return self._info
+
+    def submit(self, submit: Submit) -> None:
+        if self.draining:
+            raise NoCapacity("this worker is draining")
+        if self.prefill is not None:
+            self.prefill.submit(submit)
+        else:
+            assert self.decode is not None
+            self.decode.submit(submit)
+
+    def cancel(self, cancel: Cancel) -> None:
+        if self.prefill is not None:
+            self.prefill.cancel(cancel)
+        if self.decode is not None:
+            self.decode.cancel(cancel)
+
+    def load(self) -> Load:
+        now_s = self._clock()
+        if now_s - self._load_s >= LOAD_PERIOD_S:
+            self._load, self._load_s = self._measure(), now_s
+        return self._load
+
+    def page_changes(self) -> PagesChanged | None:
+        stored, removed = self._pool.take_changes()
+        if not stored and not removed:
+            return None
+        self._changes += 1
+        return PagesChanged(self._changes, stored, removed)
+
+    def page_snapshot(self) -> PagesChanged:
+        return PagesChanged(self._changes, self._pool.known_hashes(), (), snapshot=True)
+
+    async def turn(self) -> float:
+        began_s = self._clock()
+        try:
+            async with asyncio.timeout(10.0):
+                await self._engine.turn()
+        except TimeoutError:
+            raise EngineError("the engine's loop did not come round within 10 s") from None
+        return self._clock() - began_s
+
+    # --- from the engine and the clock -------------------------------------------------------------------------
+
+    def on_step(self, report: StepReport) -> None:
+        self._metrics.step(report.tokens, report.step_s)
+        self._step_s += RATE_WEIGHT * (report.step_s - self._step_s)
+        if report.tokens >= 64 and report.step_s > 0 and report.tokens > 4 * len(report.sampled):
+            rate = report.tokens / report.step_s
+            self._prefill_rate += (RATE_WEIGHT if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
+        if self.prefill is not None:
+            self.prefill.on_step(report)
+        if self.decode is not None:
+            self.decode.on_step(report)
+        self.published()
+
+    def sweep(self) -> None:
+        """Deadlines, and queues whose back-off has passed. Called several times a second."""
+        if self.prefill is not None:
+            self.prefill.pump()
+        if self.decode is not None:
+            self.decode.sweep()
+
+    def measure(self) -> None:
+        """Bring the gauges up to date, for a scrape."""
+        load = self._measure()
+        self._metrics.requests(load.running_requests, load.waiting_requests)
+        self._metrics.pages(load.pages)
+        self._metrics.handoffs(load.handoffs)
+
+    def _measure(self) -> Load:
+        sequences = self._engine.sequences
+        waiting = sum(not s.is_decoding for s in sequences)
+        tokens = sum(s.uncomputed for s in sequences if not s.is_decoding)
+        if self.prefill is not None:
+            waiting, tokens = self.prefill.waiting_requests, self.prefill.waiting_tokens
+        elif self.decode is not None:
+            waiting += self.decode.expected_requests
+        return Load(
+            waiting_requests=waiting,
+            waiting_tokens=tokens,
+            running_requests=sum(s.is_decoding for s in sequences),
+            pages=self._pool.counts(),
+            prefill_tokens_per_s=round(self._prefill_rate, 1),
+            step_s=round(self._step_s, 4),
+            handoffs=self.handoffs(),
+            draining=self.draining,
+        )
+
+
+def _nothing() -> None:
+    """Nobody listens."""
