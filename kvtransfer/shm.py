@@ -1,0 +1,200 @@
+"""Bytes between two processes of one host: the receiver maps the source's pool and copies out of it.
+
+A page is copied and digested while it is in cache, by one thread off the event loop, with the GIL released. Its epoch
+is read before and after the copy, as under a sequence lock: a page that was given up meanwhile is stale, whatever its
+bytes say. (Both loads are of aligned 64-bit words, and the interpreter between them and the copy orders them.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import HandoffError, OutOfBounds, PeerLost, StalePage
+from core.messages import WorkerId
+from kvtransfer.digest import digest_page
+from kvtransfer.frames import Frames, epochs_offset
+from kvtransfer.shm_socket import TOKEN_BYTES, PoolAddress, PoolSocket, ask_for_pool
+from kvtransfer.transport import Arrival, Piece
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class _Mapping:
+    """A peer's pool, mapped for reading. Belongs to the copying thread once it is made."""
+
+    def __init__(self, fd: int, address: PoolAddress) -> None:
+        self.address = address
+        self._memory = mmap.mmap(fd, address.size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        at = epochs_offset(address.pages, address.page_bytes)
+        self._bytes: Bytes = np.frombuffer(self._memory, np.uint8, address.pages * address.page_bytes)
+        self._epochs: npt.NDArray[np.uint64] = np.frombuffer(self._memory, np.uint64, address.pages, at)
+
+    def copy(self, piece: Piece, into: Bytes, check_epoch: bool) -> HandoffError | None:
+        """The source page into `into`, or why it must not be used."""
+        if not 0 <= piece.source_page < self.address.pages:
+            return OutOfBounds(f"page {piece.source_page} of the peer's {self.address.pages}")
+        if check_epoch and (before := self._stale(piece)):
+            return before
+        at = piece.source_page * self.address.page_bytes
+        np.copyto(into, self._bytes[at : at + self.address.page_bytes])
+        return self._stale(piece) if check_epoch else None
+
+    def _stale(self, piece: Piece) -> StalePage | None:
+        found = int(self._epochs[piece.source_page])
+        if found == piece.epoch:
+            return None
+        return StalePage(f"page {piece.source_page} is at epoch {found}, not {piece.epoch}")
+
+    def close(self) -> None:
+        del self._bytes, self._epochs
+        self._memory.close()
+
+
+@dataclass(slots=True)
+class _Connection:
+    """What we have of one peer: its pool, once it has been had, and the copies that are running."""
+
+    opening: asyncio.Task[_Mapping]
+    stop: threading.Event = field(default_factory=threading.Event)  # set when the peer is forgotten
+    copies: set[asyncio.Future[list[Arrival]]] = field(default_factory=set)
+
+
+class ShmTransport:
+    """`token` and `name` come from the worker's own source of randomness; both are secrets among workers."""
+
+    name = "shm"
+    settles_on_return = True
+
+    def __init__(
+        self, *, token: Callable[[int], bytes] = os.urandom, patience_s: float = 5.0, check_epoch: bool = True
+    ) -> None:
+        self._random_bytes = token
+        self._patience_s = patience_s
+        self._check_epoch = check_epoch
+        self._frames: Frames | None = None
+        self._target: Bytes | None = None
+        self._socket: PoolSocket | None = None
+        self._connections: dict[WorkerId, _Connection] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="baton-copy")
+
+    async def serve(self, frames: Frames) -> bytes:
+        assert self._socket is None, "one pool per transport"
+        self._frames = frames
+        self._target = np.frombuffer(frames.buffer, np.uint8)
+        name = f"baton-{self._random_bytes(TOKEN_BYTES).hex()}"
+        self._socket = PoolSocket(frames, name=name, token=self._random_bytes(TOKEN_BYTES))
+        return self._socket.address.encode()
+
+    async def fetch(
+        self, peer: WorkerId, descriptor: bytes, stream: int, pieces: Sequence[Piece]
+    ) -> list[Arrival]:
+        connection = self._connections.get(peer) or self._connect(peer, descriptor)
+        await asyncio.wait([connection.opening])  # not awaited itself: our cancel is not that of the others
+        if connection.stop.is_set():
+            raise PeerLost(f"{peer} was cut off")
+        mapping = connection.opening.result()
+        cancelled = threading.Event()
+        job = self._thread.submit(self._copy, mapping, tuple(pieces), (cancelled, connection.stop))
+        copying = asyncio.wrap_future(job)
+        connection.copies.add(copying)
+        try:
+            return await _finished(job, copying, cancelled)
+        finally:
+            connection.copies.discard(copying)
+
+    def _connect(self, peer: WorkerId, descriptor: bytes) -> _Connection:
+        opening = asyncio.get_running_loop().create_task(self._open(descriptor))
+        connection = self._connections[peer] = _Connection(opening)
+
+        def opened(task: asyncio.Task[_Mapping]) -> None:
+            failed = task.cancelled() or task.exception() is not None
+            if failed and self._connections.get(peer) is connection:
+                del self._connections[peer]  # the next fetch tries again
+
+        opening.add_done_callback(opened)
+        return connection
+
+    async def _open(self, descriptor: bytes) -> _Mapping:
+        assert self._frames is not None, "serve first: fetches need somewhere to land"
+        address = PoolAddress.decode(descriptor)
+        if address.page_bytes != self._frames.layout.page_bytes:
+            raise HandoffError(f"pages of {address.page_bytes} bytes there, {self._frames.layout.page_bytes} here")
+        fd = await ask_for_pool(address, self._patience_s)
+        try:
+            return _Mapping(fd, address)
+        finally:
+            os.close(fd)
+
+    def _copy(
+        self, mapping: _Mapping, pieces: tuple[Piece, ...], stops: tuple[threading.Event, ...]
+    ) -> list[Arrival]:
+        """In the copying thread: page after page, and soon over when it is stopped."""
+        arrivals: list[Arrival] = []
+        for piece in pieces:
+            if any(stop.is_set() for stop in stops):
+                raise PeerLost("stopped")
+            arrivals.append(self._copy_page(mapping, piece))
+        return arrivals
+
+    def _copy_page(self, mapping: _Mapping, piece: Piece) -> Arrival:
+        frames, target = self._frames, self._target
+        assert frames is not None and target is not None
+        try:
+            frames.check(piece.target_page)
+        except OutOfBounds as error:
+            return error
+        at, size = piece.target_page * frames.layout.page_bytes, frames.layout.page_bytes
+        failed = mapping.copy(piece, target[at : at + size], self._check_epoch)
+        return failed or digest_page(frames.buffer, frames.layout, piece.target_page)
+
+    async def drain(self, peer: WorkerId, stream: int) -> None:
+        """Nothing to wait for: only the receiver's own thread writes into its pages."""
+
+    async def forget(self, peer: WorkerId) -> None:
+        connection = self._connections.pop(peer, None)
+        if connection is None:
+            return
+        connection.stop.set()
+        connection.opening.cancel()
+        await asyncio.wait([connection.opening])
+        if connection.copies:
+            await asyncio.wait(connection.copies)
+        if not connection.opening.cancelled() and connection.opening.exception() is None:
+            connection.opening.result().close()
+
+    async def close(self) -> None:
+        for peer in list(self._connections):
+            await self.forget(peer)
+        if self._socket is not None:
+            await self._socket.close()
+            self._socket = None
+        self._target = None
+        self._thread.shutdown(wait=True)
+
+
+async def _finished(
+    job: Future[list[Arrival]], copying: asyncio.Future[list[Arrival]], cancelled: threading.Event
+) -> list[Arrival]:
+    """The result of a copy. Cancelled, it still waits for the thread to leave our pages alone: one page at most."""
+    try:
+        return await asyncio.shield(copying)
+    except asyncio.CancelledError:
+        cancelled.set()
+        job.cancel()  # when it has not begun, it never will
+        while not copying.done():
+            try:
+                await asyncio.wait([copying])
+            except asyncio.CancelledError:
+                continue  # cancelled again: the answer is the same
+        if not copying.cancelled():
+            copying.exception()  # seen
+        raise
