@@ -1,0 +1,111 @@
+"""How a process that runs an engine loads its model, and how many pages its pool has.
+
+The pool is sized before any weight is read, so that too little memory is said at once. In this order:
+
+    pages given      those
+    kv_bytes given   as many as fit
+    neither          eight of the longest contexts, but at most a quarter of what is free beside the weights,
+                     and at least one context
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.available_memory import available_bytes
+from baton.model_facts import context_tokens
+from core.clock import Clock
+from core.errors import TooLittleMemory
+from core.layout import PageLayout
+from engine.architectures.registry import find_architecture
+from engine.config import ModelConfig, read_config
+from engine.identity import identity
+from engine.intake import Intake
+from engine.memory import SCRATCH_PAGES, page_layout, pages_that_fit, weight_bytes
+from engine.model import Model
+from engine.weights import Progress, load_model, target_dtype
+
+CONTEXTS = 8
+SHARE = 4  # of the free memory: one in so many parts
+
+
+@dataclass(frozen=True, slots=True)
+class PoolWish:
+    """What was asked for; 0 leaves it to the model and the machine."""
+
+    page_size: int = 16  # tokens
+    pages: int = 0  # frame 0 included
+    kv_bytes: int = 0
+    max_context_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory, and the pool that is to be made for it."""
+
+    model: Model
+    layout: PageLayout
+    pages: int  # frame 0 included
+    identity: str
+    end_ids: tuple[int, ...]
+    vocabulary: int
+    max_context_tokens: int
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.pages * self.layout.page_bytes
+
+    def intake(self, clock: Clock) -> Intake:
+        return Intake(self.identity, self.vocabulary, self.max_context_tokens, self.end_ids, clock)
+
+
+def load(
+    checkpoint: Path,
+    dtype: str,
+    wish: PoolWish,
+    progress: Progress | None = None,
+    available: Callable[[], int] = available_bytes,
+) -> LoadedModel:
+    """Raises CheckpointError, ConfigError and TooLittleMemory. `progress` is told of bytes loaded, of how many."""
+    config = read_config(checkpoint)
+    context = context_tokens(config.max_positions, wish.max_context_tokens)
+    type_name = str(target_dtype(config, dtype)).removeprefix("torch.")
+    layout = page_layout(config, wish.page_size, type_name)
+    pages = _pages(config, layout, context, wish, available)
+    return LoadedModel(
+        model=load_model(checkpoint, dtype, progress),
+        layout=layout,
+        pages=pages,
+        identity=identity(checkpoint),
+        end_ids=config.eos_ids,
+        vocabulary=config.vocab_size,
+        max_context_tokens=context,
+    )
+
+
+def _pages(config: ModelConfig, layout: PageLayout, context: int, wish: PoolWish, available: Callable[[], int]) -> int:
+    """Raises TooLittleMemory when one sequence of the longest context would not fit."""
+    if wish.pages:
+        return _enough(wish.pages, layout, context)
+    if wish.kv_bytes:
+        return _enough(wish.kv_bytes // layout.page_bytes, layout, context)
+    shapes = find_architecture(config.architecture).shapes(config)
+    held_bytes, free_bytes = weight_bytes(shapes, layout.dtype), available()
+    fitting = pages_that_fit(free_bytes, held_bytes, layout, context)
+    one = SCRATCH_PAGES + layout.pages_for(context)
+    wanted = SCRATCH_PAGES + CONTEXTS * layout.pages_for(context)
+    modest = (free_bytes - held_bytes) // SHARE // layout.page_bytes
+    return min(fitting, wanted, max(one, modest))
+
+
+def _enough(pages: int, layout: PageLayout, context: int) -> int:
+    needed = SCRATCH_PAGES + layout.pages_for(context)
+    if pages < needed:
+        raise TooLittleMemory(
+            f"a pool of {pages} pages ({pages * layout.page_bytes} bytes) is too small: one sequence of {context} "
+            f"tokens needs {needed} pages ({needed * layout.page_bytes} bytes); give more with --kv-memory or --pages, "
+            "or a shorter --max-context"
+        )
+    return pages
