@@ -27,9 +27,10 @@ from router.metrics import RouterMetrics
 from router.openai_chat import ChatShape
 from router.openai_completions import CompletionShape
 from router.prompts import Prompts
-from router.reply import Shape
+from router.reply import Shape, json_text
 from router.service_routes import Models, Operations, Tokens
 from router.tokenizer import ModelTokenizer
+from router.validation import Fields, parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,22 @@ class Endpoint:
         await handler.serve(self.shape, connection, request_id)
 
 
+@dataclass(frozen=True, slots=True)
+class JsonEndpoint:
+    """An ASGI application that answers one JSON object with another, within the same bounds."""
+
+    answer: Callable[[Fields], Awaitable[object]]
+    limits: Limits
+    clock: Clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = Connection(scope, receive, send, self.limits, self.clock)
+        try:
+            await connection.reply(200, json_text(await self.answer(parse_object(await connection.body()))))
+        except BatonError as error:
+            await connection.fail(error)
+
+
 def _shown_id(client_id: bytes | None, request_id: str) -> bytes:
     """A client's own id comes back to it, and is logged beside ours; it never names anything here."""
     if client_id is None or not CLIENT_ID.fullmatch(client_id):
@@ -120,15 +137,17 @@ def _generating_routes(handler: Handler) -> list[Route]:
 def _service_routes(front: Front, prompts: Prompts) -> list[Route]:
     models = Models(front.model)
     operations = Operations(front.health, front.worker_metrics, front.metrics, front.version, front.limits)
-    tokens = Tokens(front.model, front.limits, prompts, front.clock)
+    tokens = Tokens(front.model, front.limits, prompts)
+    tokenize = JsonEndpoint(tokens.tokenize, front.limits, front.clock)
+    detokenize = JsonEndpoint(tokens.detokenize, front.limits, front.clock)
     return [
         Route("/v1/models", models.every),
         Route("/v1/models/{name:path}", models.one),
         Route("/health", operations.get_health),
         Route("/metrics", operations.get_metrics),
         Route("/version", operations.get_version),
-        Route("/tokenize", tokens.tokenize, methods=["POST"]),
-        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
     ]
 
 

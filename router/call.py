@@ -29,6 +29,7 @@ class Call:
     prompts: tuple[Prompt, ...]
     params: SamplingParams
     max_tokens: int | None  # as the client said it
+    max_tokens_param: str  # in which field
     default_max_tokens: int | None  # None: the rest of the context
     salt: bytes
     stream: bool = False
@@ -56,7 +57,7 @@ class Call:
                 f"This model's maximum context length is {context_tokens} tokens. However, you requested "
                 f"{prompt_tokens + wanted} tokens ({prompt_tokens} in the {self.prompt_param}, {wanted} in the "
                 "completion). Please reduce the length of either.",
-                param=self.prompt_param if room < 1 or self.max_tokens is None else "max_tokens",
+                param=self.prompt_param if room < 1 or self.max_tokens is None else self.max_tokens_param,
             )
         seed = self.params.seed if self.params.seed is not None else seed
         return replace(self.params, max_tokens=wanted, seed=seed)

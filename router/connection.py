@@ -17,6 +17,7 @@ JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 NO_CACHE = (b"cache-control", b"no-cache")
 NO_PROXY_BUFFER = (b"x-accel-buffering", b"no")
+ABORT = "baton.abort"  # the server's extension of the scope: cuts the connection without flushing it
 DRAIN_BODIES = 8  # how many times the limit is read and dropped, so that a client sees the 413 before a reset
 
 
@@ -25,6 +26,7 @@ class Connection:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: Limits, clock: Clock) -> None:
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._abort = (scope.get("extensions") or {}).get(ABORT, {}).get("call")
         self._receive = receive
         self._send = send
         self._limits = limits
@@ -109,6 +111,8 @@ class Connection:
         waited_s = 0.0 if since is None else self._clock() - since
         if waited_s >= timeout_s:
             self._leave("the client does not read")
+            if self._abort is not None:
+                self._abort()
         else:
             self._timer = loop.call_later(timeout_s - waited_s, self._check_reading, loop)
 

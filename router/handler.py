@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.clock import Clock, monotonic_s
-from core.errors import BatonError
+from core.errors import BatonError, Cancelled
 from router.admission import Admission
 from router.call import Call
 from router.connection import Connection
@@ -64,12 +64,13 @@ class Handler:
 
     async def serve(self, shape: Shape, connection: Connection, request_id: str) -> None:
         """One call. It ends once: with a reply, or with an error that the client can act on."""
-        outcome = "ok"
+        outcome = Cancelled.code  # unless it comes to another end
         try:
             call = shape.parse(parse_object(await connection.body()), self.model, self.limits)
             check_model(call.model, self.model)
             async with connection:  # undo: stops watching; a client that left is raised as Cancelled
                 await self._complete(call, shape, connection, request_id)
+            outcome = "ok"
         except BatonError as error:
             outcome = error.code
             logger.info("request %s: %s: %s", request_id, error.code, error)

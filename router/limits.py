@@ -17,7 +17,6 @@ class Limits:
     max_messages: int = 2048
     max_requests: int = 1024  # admitted at once, over all clients; one with n choices counts n times
     max_queued_tokens: int = 2**20  # prompt tokens admitted whose first token has not come
-    max_encodings: int = 64  # long texts waiting for a tokenizer thread
     body_timeout_s: float = 30.0
     send_timeout_s: float = 30.0  # a client that reads nothing for so long has left
     deadline_s: float = 600.0

@@ -26,7 +26,7 @@ SIZES = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2,
 
 
 class RouterMetrics:
-    """A registry of its own. The saga counts `retries` and `replays`; the handler the rest."""
+    """A registry of its own. The saga calls `retried`, `replayed` and `placed`; the handler the rest."""
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -57,8 +57,9 @@ class RouterMetrics:
             reason.value: success.labels(**self._labels, finished_reason=reason.value) for reason in FinishReason
         }
         self._outcomes = Counter("baton:requests", "Calls by how they ended.", ["outcome"], registry=self.registry)
-        self.retries = Counter("baton:retries", "Attempts after the first.", ["reason"], registry=self.registry)
-        self.replays = Counter("baton:replays", "Sequences replayed mid-stream.", registry=self.registry)
+        self._retries = Counter("baton:retries", "Attempts after the first.", ["reason"], registry=self.registry)
+        self._replays = Counter("baton:replays", "Attempts that went on mid-stream.", registry=self.registry)
+        self._local = Counter("baton:local_prefills", "Prompts given to decode alone.", registry=self.registry)
 
     def _histogram(self, name: str, help_text: str, bounds: Sequence[float]) -> Histogram:
         histogram = Histogram(f"vllm:{name}", help_text, self._labels, bounds)
@@ -76,6 +77,17 @@ class RouterMetrics:
             ("queued_prompt_tokens", "Prompt tokens without a first token.", lambda: admission.queued_tokens),
         ):
             Gauge(f"baton:router_{name}", help_text, registry=self.registry).set_function(value)
+
+    def retried(self, reason: str) -> None:
+        """An attempt has failed, with this error code, and another follows."""
+        self._retries.labels(reason).inc()
+
+    def replayed(self) -> None:
+        self._replays.inc()
+
+    def placed(self, local: bool) -> None:
+        if local:
+            self._local.inc()
 
     def count_outcome(self, outcome: str) -> None:
         """`outcome` is "ok" or the code of a core error: a closed set."""

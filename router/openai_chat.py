@@ -32,7 +32,7 @@ def parse_chat(fields: Fields, model: ServedModel, limits: Limits) -> Call:
     check_user(fields)
     if fields.flag("echo"):
         refuse("echo", "is not supported for chat")
-    max_tokens = max_tokens_of(fields, "max_completion_tokens", "max_tokens")
+    max_tokens, max_tokens_param = max_tokens_of(fields, "max_completion_tokens", "max_tokens")
     stream = fields.flag("stream")
     include_usage, continuous_usage = stream_options(fields, stream)
     return Call(
@@ -40,6 +40,7 @@ def parse_chat(fields: Fields, model: ServedModel, limits: Limits) -> Call:
         prompts=(conversation(fields, limits),),
         params=_with_logprobs(fields, sampling_params(fields, model, limits, max_tokens)),
         max_tokens=max_tokens,
+        max_tokens_param=max_tokens_param,
         default_max_tokens=None,
         salt=salt_of(fields, model.tenant_salt),
         stream=stream,

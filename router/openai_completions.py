@@ -27,7 +27,7 @@ def parse_completion(fields: Fields, model: ServedModel, limits: Limits) -> Call
     """The body of a completion. Raises InvalidRequest."""
     refuse_unsupported(fields)
     check_user(fields)
-    max_tokens = max_tokens_of(fields, "max_tokens")
+    max_tokens, max_tokens_param = max_tokens_of(fields, "max_tokens")
     stream = fields.flag("stream")
     include_usage, continuous_usage = stream_options(fields, stream)
     params = _with_logprobs(fields, sampling_params(fields, model, limits, max_tokens))
@@ -39,6 +39,7 @@ def parse_completion(fields: Fields, model: ServedModel, limits: Limits) -> Call
         prompts=_prompts(fields, model, limits),
         params=params,
         max_tokens=max_tokens,
+        max_tokens_param=max_tokens_param,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         salt=salt_of(fields, model.tenant_salt),
         stream=stream,

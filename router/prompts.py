@@ -42,18 +42,18 @@ class Prompts:
         if isinstance(prompt, tuple):
             ids: Sequence[int] = prompt
         elif isinstance(prompt, Conversation):
-            text = self.tokenizer.render(prompt)
-            self._check_length(text, param)
-            ids = await self.tokenizer.encode_chat(text, add_special_tokens)
+            parts = self.tokenizer.render(prompt)
+            self._check_length(parts, param)
+            ids = await self.tokenizer.encode_parts(parts, add_special_tokens)
         else:
-            self._check_length(prompt, param)
+            self._check_length([prompt], param)
             ids = await self.tokenizer.encode(prompt, add_special_tokens)
         if not ids:
             raise InvalidRequest(f"{param}: must not be empty", param=param)
         return ids
 
-    def _check_length(self, text: str, param: str) -> None:
-        least = self.tokenizer.least_tokens(text)
+    def _check_length(self, parts: Sequence[str], param: str) -> None:
+        least = sum(self.tokenizer.least_tokens(part) for part in parts)
         if least >= self.model.context_tokens:
             raise ContextTooLong(
                 f"This model's maximum context length is {self.model.context_tokens} tokens. However, your "

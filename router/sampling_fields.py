@@ -80,12 +80,12 @@ def sampling_params(fields: Fields, model: ServedModel, limits: Limits, max_toke
     )
 
 
-def max_tokens_of(fields: Fields, *names: str) -> int | None:
-    """The first of these fields that is there."""
+def max_tokens_of(fields: Fields, *names: str) -> tuple[int | None, str]:
+    """The first of these fields that is there, and its name."""
     for name in names:
         if fields.raw(name) is not None:
-            return fields.integer(name, 1, 1, INT32_MAX)
-    return None
+            return fields.integer(name, 1, 1, INT32_MAX), name
+    return None, names[0]
 
 
 def _logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:

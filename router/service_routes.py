@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import Response
 
-from core.clock import Clock
 from core.errors import InvalidRequest, NoCapacity
-from router.connection import Connection
 from router.exposition import merge
 from router.limits import Limits, ServedModel
 from router.metrics import RouterMetrics
@@ -21,7 +19,7 @@ from router.openai_chat import conversation
 from router.prompts import Prompts
 from router.reply import json_text
 from router.sampling_fields import refuse_unsupported
-from router.validation import Fields, parse_object, token_ids
+from router.validation import Fields, token_ids
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -90,15 +88,14 @@ class Operations:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """POST /tokenize and /detokenize, in vLLM's shapes."""
+    """POST /tokenize and /detokenize, in vLLM's shapes. `model` may be left out here."""
 
     model: ServedModel
     limits: Limits
     prompts: Prompts
-    clock: Clock
 
-    async def tokenize(self, request: Request) -> Response:
-        fields = await self._fields(request)
+    async def tokenize(self, fields: Fields) -> object:
+        self._check(fields)
         if fields.raw("messages") is not None:
             prompt = conversation(fields, self.limits)
             ids = await self.prompts.ids(prompt, fields.flag("add_special_tokens"), "messages")
@@ -108,29 +105,19 @@ class Tokens:
         else:
             raise InvalidRequest("prompt: either prompt or messages is needed", param="prompt")
         spelled = [self.prompts.tokenizer.token_text(token_id) for token_id in ids]
-        return json_response(
-            {
-                "count": len(ids),
-                "max_model_len": self.model.context_tokens,
-                "tokens": list(ids),
-                "token_strs": spelled if fields.flag("return_token_strs") else None,
-            }
-        )
+        return {
+            "count": len(ids),
+            "max_model_len": self.model.context_tokens,
+            "tokens": list(ids),
+            "token_strs": spelled if fields.flag("return_token_strs") else None,
+        }
 
-    async def detokenize(self, request: Request) -> Response:
-        fields = await self._fields(request)
+    async def detokenize(self, fields: Fields) -> object:
+        self._check(fields)
         ids = token_ids(fields.raw("tokens"), "tokens", self.model.vocab_size)
-        return json_response({"prompt": self.prompts.tokenizer.decode(ids, skip_special_tokens=False)})
+        return {"prompt": self.prompts.tokenizer.decode(ids, skip_special_tokens=False)}
 
-    async def _fields(self, request: Request) -> Fields:
-        """The body, read within the same bounds as any other. `model` may be left out here, as in vLLM."""
-        connection = Connection(request.scope, request.receive, _no_send, self.limits, self.clock)
-        fields = parse_object(await connection.body())
+    def _check(self, fields: Fields) -> None:
         refuse_unsupported(fields)
         if fields.raw("model") is not None:
             check_model(fields.text("model"), self.model)
-        return fields
-
-
-async def _no_send(_: object) -> None:
-    raise AssertionError("the reply is sent by the route")

@@ -55,42 +55,42 @@ class ModelTokenizer:
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Raises QueueFull when too many long texts are waiting."""
         if len(text) < LONG_TEXT_CHARS:
-            return self._encode(text, add_special_tokens)
+            return self.encode_now(text, add_special_tokens)
         if self._pending >= MAX_PENDING:
             raise QueueFull("too many long prompts are waiting to be tokenized", retry_after_s=1.0)
         self._pending += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, self._encode, text, add_special_tokens)
+            return await loop.run_in_executor(self._pool, self.encode_now, text, add_special_tokens)
         finally:
             self._pending -= 1
 
-    async def encode_chat(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """A rendered conversation. Split marks divide the control tokens that messages spelled."""
-        mark = next((mark for mark in SPLIT_MARKS if mark in text), None)
-        if mark is None:
-            return await self.encode(text, add_special_tokens)
+    async def encode_parts(self, parts: Sequence[str], add_special_tokens: bool = False) -> list[int]:
+        """A rendered conversation. No control token reaches over the border of two parts."""
         ids: list[int] = []
-        for i, part in enumerate(text.split(mark)):
-            ids += await self.encode(part, add_special_tokens and i == 0) if part else []
+        for i, part in enumerate(parts):
+            ids += await self.encode(part, add_special_tokens and i == 0)
         return ids
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode_now(self, text: str, add_special_tokens: bool) -> list[int]:
         # encode() holds the interpreter lock for all of it; this one lets go, and leaves the offsets out.
         return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
-    def render(self, conversation: Conversation) -> str:
-        """The conversation's text, with a split mark inside each control token that a message spells."""
+    def render(self, conversation: Conversation) -> list[str]:
+        """The conversation's text, in parts: divided inside each control token that a message spells."""
         if self._template is None:
             raise InvalidRequest("messages: this model has no chat template; use /v1/completions", param="messages")
+        if self._control.search(json.dumps(dict(conversation.template_values), ensure_ascii=False)):
+            param = "chat_template_kwargs"
+            raise InvalidRequest(f"{param}: must not spell control tokens", param=param)
         texts = [text for message in conversation.messages for text in message.values() if isinstance(text, str)]
+        if not any(self._control.search(text) for text in texts):
+            return [self._template.render(conversation)]
         mark = next((mark for mark in SPLIT_MARKS if not any(mark in text for text in texts)), None)
         if mark is None:
             raise InvalidRequest("messages: hold too many kinds of Unicode noncharacters", param="messages")
-        if any(self._control.search(text) for text in texts):
-            marked = tuple(self._without_control(message, mark) for message in conversation.messages)
-            conversation = replace(conversation, messages=marked)
-        return self._template.render(conversation)
+        marked = tuple(self._without_control(message, mark) for message in conversation.messages)
+        return self._template.render(replace(conversation, messages=marked)).split(mark)
 
     def _without_control(self, message: Mapping[str, object], mark: str) -> dict[str, object]:
         return {
@@ -102,6 +102,10 @@ class ModelTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def json(self) -> str:
+        """The tokenizer as its file has it."""
+        return str(self._tokenizer.to_str())
 
     def token_text(self, token_id: int) -> str:
         """The token as the vocabulary spells it."""
