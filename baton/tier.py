@@ -1,9 +1,9 @@
 """Composes a worker: one engine under one policy or both, the services over it, what sessions see of them.
 
-    role         policy                                   services
-    prefill      PrefillPolicy                            PrefillService with the hand-off's source
-    decode       DecodePolicy (with a local budget)       DecodeService with the hand-off's receiver
-    aggregated   DecodePolicy, then PrefillPolicy         DecodeService alone: nothing is handed off
+role         policy                                   services
+prefill      PrefillPolicy                            PrefillService with the hand-off's source
+decode       DecodePolicy (with a local budget)       DecodeService with the hand-off's receiver
+aggregated   DecodePolicy, then PrefillPolicy         DecodeService alone: nothing is handed off
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ class BothPolicies:
 
 def policy_for(role: Role, decode: DecodePolicy, prefill: PrefillPolicy) -> Policy:
     """The policy of a role. Raises nothing: every role has one."""
-    return {Role.PREFILL: prefill, Role.DECODE: decode, Role.AGGREGATED: BothPolicies(decode, prefill)}[role]
+    if role is Role.PREFILL:
+        return prefill
+    return decode if role is Role.DECODE else BothPolicies(decode, prefill)
 
 
 class WorkerTier:
     """A session.tier.Tier over the services of one worker."""
 
-    def __init__(
-        self, info: WorkerInfo, engine: Engine, pool: PagePool, metrics: WorkerMetrics, clock: Clock
-    ) -> None:
+    def __init__(self, info: WorkerInfo, engine: Engine, pool: PagePool, metrics: WorkerMetrics, clock: Clock) -> None:
         self._info = info
         self._engine = engine
         self._pool = pool
@@ -121,6 +121,8 @@ class WorkerTier:
 
     def on_step(self, report: StepReport) -> None:
         self._metrics.step(report.tokens, report.step_s)
+        self._metrics.preempted(self._engine.preemptions - self._preemptions)
+        self._preemptions = self._engine.preemptions
         self._step_s += RATE_WEIGHT * (report.step_s - self._step_s)
         if report.tokens >= 64 and report.step_s > 0 and report.tokens > 4 * len(report.sampled):
             rate = report.tokens / report.step_s

@@ -16,6 +16,7 @@ from typing import Protocol
 from core.clock import Clock
 from core.errors import BatonError, DeadlineExceeded, InvalidRequest, NoCapacity
 from core.messages import Cancel, Peer, Receipt, RequestFailed, Submit, Token, Tokens, WorkerId
+from core.telemetry.worker_metrics import WorkerMetrics
 from engine.engine import Engine, Sampled, StepReport
 from engine.intake import Intake
 from engine.sequence import Sequence
@@ -58,9 +59,9 @@ class DecodeService:
         self,
         engine: Engine,
         intake: Intake,
-        receiver: Receiver,
         outlet: Outlet,
         clock: Clock,
+        metrics: WorkerMetrics,
         *,
         max_requests: int = 1024,
         growth_tokens: int = 256,
@@ -68,14 +69,18 @@ class DecodeService:
     ) -> None:
         self._engine = engine
         self._intake = intake
-        self._receiver = receiver
+        self._receiver: Receiver | None = None
         self._outlet = outlet
         self._clock = clock
+        self._metrics = metrics
         self._max_requests = max_requests
         self._growth_tokens = growth_tokens
         self._max_local_tokens = max_local_tokens  # waiting for local prefill at once; None: no bound
         self._jobs: dict[HandoffKey, _Job] = {}
-        self.local_prefills = 0
+
+    def attach(self, receiver: Receiver) -> None:
+        """The hand-off's end, which calls back and so is made after this. An aggregated worker has none."""
+        self._receiver = receiver
 
     # --- from the router ---------------------------------------------------------------------------------------
 
@@ -91,6 +96,8 @@ class DecodeService:
         job = _Job(submit, shared, self._clock())
         if submit.peer is None:
             self._prefill_here(job)
+        elif self._receiver is None:
+            raise InvalidRequest("an aggregated worker takes no hand-off")
         else:
             job.expected = True
             hashes = shared.full_hashes(self._engine.page_size)
@@ -119,7 +126,7 @@ class DecodeService:
         waiting = sum(s.uncomputed for s in self._engine.sequences if not s.is_decoding)
         if self._max_local_tokens is not None and waiting + len(job.shared.ids) > self._max_local_tokens and waiting:
             raise NoCapacity("the budget for local prefill is taken")
-        self.local_prefills += 1
+        self._metrics.local_prefill()
         if self._intake.parted(job.submit):
             for choice in job.shared.choices:
                 self._run(job, self._intake.separate(job.submit, self._engine.new_id(), choice))
@@ -161,7 +168,12 @@ class DecodeService:
         return pages[0] if pages else None
 
     def on_commit(
-        self, key: HandoffKey, pages: list[int], tokens: tuple[Token, ...], receipt: Receipt, exposed_s: float
+        self,
+        key: HandoffKey,
+        pages: tuple[int, ...],
+        tokens: tuple[Token, ...],
+        receipt: Receipt,
+        exposed_transfer_s: float,
     ) -> None:
         """The pages are verified and ours: every unfinished choice joins the running batch."""
         job = self._jobs.get(key)
@@ -169,9 +181,11 @@ class DecodeService:
             self._engine.pool.release_all(pages)
             return
         job.expected = False
-        job.receipt = self._receipt_of(job, receipt, exposed_s)
+        self._metrics.exposed_transfer(exposed_transfer_s)
+        self._metrics.prefix(job.shared.prompt_tokens, min(job.shared.cached_tokens, job.shared.prompt_tokens))
+        job.receipt = self._receipt_of(job, receipt, exposed_transfer_s)
         shared = job.shared
-        self._engine.adopt(shared, pages, len(shared.ids))
+        self._engine.adopt(shared, list(pages), len(shared.ids))
         if self._intake.parted(job.submit):
             self._replay(job)
         else:
@@ -273,7 +287,7 @@ class DecodeService:
     def _drop(self, job: _Job) -> None:
         """Let go of everything, without a word."""
         self._jobs.pop(job.key, None)
-        if job.expected:
+        if job.expected and self._receiver is not None:
             self._receiver.cancel(job.key)
         for sequence in {s.sequence_id: s for s in job.sequences.values()}.values():
             self._engine.remove(sequence)
@@ -308,6 +322,7 @@ class DecodeService:
         )
 
     def _local_receipt(self, sequence: Sequence) -> Receipt:
+        self._metrics.prefix(sequence.prompt_tokens, sequence.cached_tokens)
         return Receipt(
             cached_decode_tokens=sequence.cached_tokens,
             computed_tokens=sequence.prompt_tokens - sequence.cached_tokens,

@@ -80,6 +80,7 @@ class Engine:
         self._next_id = 0
         self._step_s = 0.0  # the last one's duration
         self.steps = 0
+        self.preemptions = 0
         pool.on_room = self.wake
 
     # --- what the services call ------------------------------------------------------------------------------
@@ -129,6 +130,10 @@ class Engine:
         sequence.pages = pages
         self._advance(sequence, computed)
         self.add(sequence)
+
+    def zero_tail(self, page: int, used_tokens: int) -> None:
+        """Zero an owned page past its content. No step in flight may use it."""
+        self._executor.zero_tail(page, used_tokens)
 
     async def turn(self) -> None:
         """Returns when the loop has come round: the proof that it is alive. The caller sets the deadline."""
@@ -204,6 +209,7 @@ class Engine:
         sequence.recomputed_tokens += sequence.computed
         sequence.computed = sequence.registered = 0
         sequence.preemptions += 1
+        self.preemptions += 1
         sequence.status = Status.WAITING
 
     def _schedule(self, plan: StepPlan) -> list[tuple[Sequence, int]]:

@@ -15,19 +15,19 @@ content. One thread owns a pool; nothing here locks.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 SCRATCH_PAGE = 0
 STATES = ("owned", "leased", "cached", "quarantined", "free")
 
 
 class PagePool:
-    """Frames 1 .. pages - 1 of one pool. `epochs` is where epochs are kept (shared memory, or a list)."""
+    """Frames 1 .. pages - 1 of one pool. `epochs` is where epochs are kept: memory that peers may read, or a list."""
 
-    def __init__(self, pages: int, *, epochs: MutableSequence[int] | None = None) -> None:
+    def __init__(self, pages: int, *, epochs: memoryview[int] | list[int] | None = None) -> None:
         assert pages >= 2, "a pool needs the scratch frame and one page"
         self.pages = pages
-        self._epochs: MutableSequence[int] = [0] * pages if epochs is None else epochs
+        self._epochs: memoryview[int] | list[int] = [0] * pages if epochs is None else epochs
         self._owners = [0] * pages
         self._leases = [0] * pages
         self._operations = [0] * pages  # transfers that may still write into (or read from) the page

@@ -1,8 +1,8 @@
 """The life of an attempt on the prefill tier: queued, granted, computed chunk by chunk, sealed, closed.
 
-    submit -> QUEUED --its turn; Next--> granted --chunks; Ready--> sealed, token 0 --Close--> pages back to the cache
-                 ^          | Busy
-                 `----------'            failed or cancelled at any point: the source end tells the peer
+    submit -> queued --its turn; Next--> granted --chunks; Ready--> sealed, token 0 --Close--> pages back to the cache
+
+    failed or cancelled at any point: the source's end of the hand-off tells the peer
 
 Nothing is computed without a grant, and no page of ours is held while a decode worker is asked for one.
 """
@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.clock import Clock
 from core.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest, NoCapacity
 from core.messages import Cancel, Peer, Receipt, RequestFailed, Submit, Token, Tokens
+from core.telemetry.worker_metrics import WorkerMetrics
+from engine import sequence as sequences
 from engine.engine import Engine, Sampled, StepReport
 from engine.intake import Intake
-from engine.sequence import Sequence, Status
 from kvtransfer.messages import Grant, HandoffKey
-from kvtransfer.source_link import PageRef
+from kvtransfer.places import FilledPage, tail_hash
+from kvtransfer.states import State
 from session.outlet import Outlet
 
 log = logging.getLogger(__name__)
@@ -33,17 +35,16 @@ Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 class Source(Protocol):
     """The source end of the hand-off: kvtransfer.source_link.HandoffSource."""
 
+    @property
     def accepts_prefill(self) -> bool: ...
 
     async def offer(
         self, key: HandoffKey, peer: Peer, prompt_tokens: int, choices: int, deadline_s: float
     ) -> Grant: ...
 
-    def ready(self, key: HandoffKey, pages: list[PageRef]) -> None: ...
+    def ready(self, key: HandoffKey, pages: Sequence[FilledPage]) -> None: ...
 
-    def seal(
-        self, key: HandoffKey, tail: PageRef | None, tail_tokens: int, tokens: tuple[Token, ...], receipt: Receipt
-    ) -> None: ...
+    def seal(self, key: HandoffKey, tail: FilledPage | None, tokens: Sequence[Token], receipt: Receipt) -> None: ...
 
     def fail(self, key: HandoffKey, error: BatonError) -> None: ...
 
@@ -54,12 +55,11 @@ class Source(Protocol):
 class _Job:
     submit: Submit
     peer: Peer
-    sequence: Sequence
+    sequence: sequences.Sequence
     offer: asyncio.Task[None] | None = None  # while a grant is being asked for
     granted: bool = False
     sealed: bool = False
     told_pages: int = 0  # full pages that the peer has or has been told of
-    not_before_s: float = 0.0  # after Busy
 
     @property
     def key(self) -> HandoffKey:
@@ -73,25 +73,29 @@ class PrefillService:
         self,
         engine: Engine,
         intake: Intake,
-        source: Source,
         outlet: Outlet,
         clock: Clock,
         spawn: Spawn,
+        metrics: WorkerMetrics,
         *,
         max_queued: int = 1024,
         ahead_tokens: int = 1024,
-        busy_backoff_s: float = 0.05,
+        grant_wait_s: float = 15.0,
     ) -> None:
         self._engine = engine
         self._intake = intake
-        self._source = source
         self._outlet = outlet
         self._clock = clock
         self._spawn = spawn
+        self._metrics = metrics
         self._max_queued = max_queued
         self._ahead_tokens = ahead_tokens
-        self._busy_backoff_s = busy_backoff_s
+        self._grant_wait_s = grant_wait_s
         self._jobs: dict[HandoffKey, _Job] = {}
+
+    def attach(self, source: Source) -> None:
+        """The hand-off's end, which calls `on_closed` and so is made after this."""
+        self._source = source
 
     # --- from the router ---------------------------------------------------------------------------------------
 
@@ -120,13 +124,22 @@ class PrefillService:
         now_s = self._clock()
         for job in [j for j in self._jobs.values() if j.sequence.deadline_s <= now_s and not j.sealed]:
             self._end(job, DeadlineExceeded("the prefill did not begin or end in time"))
-        ahead = sum(len(j.sequence.ids) - j.sequence.computed for j in self._jobs.values() if _is_ahead(j))
-        queue = [j for j in self._jobs.values() if not _is_ahead(j) and not j.sealed and j.not_before_s <= now_s]
+        ahead = self._ahead()
+        queue = [j for j in self._jobs.values() if not _is_ahead(j) and not j.sealed]
         for job in sorted(queue, key=_urgency):
-            if ahead >= self._ahead_tokens or not self._source.accepts_prefill() or not self._has_room(job):
+            if not self._source.accepts_prefill or not self._has_room(job):
                 break
-            ahead += len(job.sequence.ids)
-            job.offer = self._spawn(self._offer(job))
+            if ahead.get(job.peer, 0) < self._ahead_tokens:
+                ahead[job.peer] = ahead.get(job.peer, 0) + len(job.sequence.ids)
+                job.offer = self._spawn(self._offer(job))
+
+    def _ahead(self) -> dict[Peer, int]:
+        """Tokens asked for or granted, by decode worker: one that is full holds up nobody else's requests."""
+        ahead: dict[Peer, int] = {}
+        for job in self._jobs.values():
+            if _is_ahead(job):
+                ahead[job.peer] = ahead.get(job.peer, 0) + job.sequence.uncomputed
+        return ahead
 
     def _has_room(self, job: _Job) -> bool:
         """Pages for the whole prompt, beside what those ahead of it will take."""
@@ -136,13 +149,9 @@ class PrefillService:
 
     async def _offer(self, job: _Job) -> None:
         """Ask the peer for pages; begin when it grants them."""
-        remaining_s = job.sequence.deadline_s - self._clock()
+        wait_s = min(self._grant_wait_s, job.sequence.deadline_s - self._clock())
         try:
-            grant = await self._source.offer(job.key, job.peer, len(job.sequence.ids), job.submit.params.n, remaining_s)
-        except NoCapacity:
-            job.offer = None
-            job.not_before_s = self._clock() + self._busy_backoff_s
-            return
+            grant = await self._source.offer(job.key, job.peer, len(job.sequence.ids), job.submit.params.n, wait_s)
         except BatonError as error:
             job.offer = None
             self._end(job, error)
@@ -179,7 +188,7 @@ class PrefillService:
                 self._seal(job, items)
         self.pump()
 
-    def _job_of(self, sequence: Sequence) -> _Job | None:
+    def _job_of(self, sequence: sequences.Sequence) -> _Job | None:
         return self._jobs.get(HandoffKey(sequence.request_id, sequence.attempt))
 
     def _tell_ready(self, job: _Job) -> None:
@@ -187,7 +196,7 @@ class PrefillService:
         full = job.sequence.computed // self._engine.page_size
         if full > job.told_pages:
             hashes = job.sequence.full_hashes(self._engine.page_size)
-            pages = [PageRef(p, hashes[p], job.sequence.pages[p]) for p in range(job.told_pages, full)]
+            pages = [FilledPage(p, hashes[p], job.sequence.pages[p]) for p in range(job.told_pages, full)]
             job.told_pages = full
             self._source.ready(job.key, pages)
 
@@ -195,31 +204,40 @@ class PrefillService:
         """The prompt is computed and its next tokens are known: to the router first, then to the peer."""
         self._tell_ready(job)
         job.sealed = True
+        self._metrics.prefix(job.sequence.prompt_tokens, job.sequence.cached_tokens)
         sequence = job.sequence
         tokens = tuple(_token(item, sequence.output_tokens) for item in items)
         self._outlet.send([Tokens(sequence.request_id, sequence.attempt, tokens)])
         self._outlet.end((sequence.request_id, sequence.attempt))
-        full, used = divmod(len(sequence.ids), self._engine.page_size)
-        tail = PageRef(full, b"", sequence.pages[full]) if used else None
-        self._source.seal(job.key, tail, used, tokens, self._receipt(sequence))
+        self._source.seal(job.key, self._tail(sequence), tokens, self._receipt(sequence))
 
-    def _receipt(self, sequence: Sequence) -> Receipt:
+    def _tail(self, sequence: sequences.Sequence) -> FilledPage | None:
+        """The partly filled last page, zeroed past its end: what else lay there is nobody's business."""
+        size = self._engine.page_size
+        full, used = divmod(len(sequence.ids), size)
+        if not used:
+            return None
+        self._engine.zero_tail(sequence.pages[full], used)
+        name = tail_hash(sequence.full_hashes(size)[:full], sequence.ids[full * size :])
+        return FilledPage(full, name, sequence.pages[full])
+
+    def _receipt(self, sequence: sequences.Sequence) -> Receipt:
         queue_s = (sequence.first_admitted_s or sequence.arrived_s) - sequence.arrived_s
         computed = sequence.prompt_tokens - sequence.cached_tokens
         return Receipt(cached_prefill_tokens=sequence.cached_tokens, computed_tokens=computed, queue_s=queue_s)
 
     # --- from the hand-off -------------------------------------------------------------------------------------
 
-    def on_closed(self, key: HandoffKey, committed: bool, error: BatonError | None) -> None:
+    def on_closed(self, key: HandoffKey, outcome: State, error: BatonError | None) -> None:
         """The peer has taken the pages, or the hand-off has failed: ours go back to the cache."""
         job = self._jobs.pop(key, None)
         if job is None:
             return
         if job.offer is not None:
             job.offer.cancel()
-        if job.sequence.status is not Status.WAITING:
+        if job.sequence.status is not sequences.Status.WAITING:
             self._engine.remove(job.sequence)
-        if not committed:
+        if outcome is not State.COMMITTED:
             self._report_failure(job, error or Cancelled("the decode worker closed the hand-off"))
         self.pump()
 
@@ -232,7 +250,7 @@ class PrefillService:
             self._source.cancel(job.key)
         else:
             self._source.fail(job.key, error)
-        if job.sequence.status is not Status.WAITING:
+        if job.sequence.status is not sequences.Status.WAITING:
             self._engine.remove(job.sequence)
         if tell_router:
             self._report_failure(job, error)

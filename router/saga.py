@@ -208,13 +208,14 @@ class Saga:
 
     def _judge(self, run: _Run, error: BatonError) -> None:
         """Return to try again; raise what the client is told."""
-        if isinstance(error, RequestError | DeadlineExceeded) or run.placement is None:
+        too_late = isinstance(error, DeadlineExceeded) and self._clock() >= run.ends_s
+        if isinstance(error, RequestError) or too_late or run.placement is None:
             raise error
         if isinstance(error, NoCapacity) and run.placement.prefill is None and not run.local_refused:
             run.local_refused = True  # D's budget for local prefill is taken: a prefill worker's turn
             self._cancel(run)
             return
-        if not isinstance(error, WorkerError | HandoffError | NoCapacity):
+        if not isinstance(error, WorkerError | HandoffError | NoCapacity | DeadlineExceeded):
             raise error
         self._blame(run, error)
         if run.lost_workers >= POISON_WORKERS:

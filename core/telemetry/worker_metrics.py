@@ -30,7 +30,7 @@ class WorkerMetrics:
         self._pages = self._gauge("baton:pages", "Pages by the state of their strongest holder", "state")
         self._in_flight = self._gauge("baton:handoffs_in_flight", "Hand-offs under way, by state", "state")
         self._handoffs = self._counter("baton:handoffs", "Hand-offs that have ended", "outcome")
-        self._faults = self._counter("baton:handoff_faults", "Fetches that failed or brought wrong bytes", "peer", "code")
+        self._faults = self._counter("baton:handoff_faults", "Fetches that failed or went wrong", "peer", "code")
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of one step", TOKEN_BUCKETS)
         self._step_s = self._histogram("baton:step_seconds", "Duration of one step", STEP_BUCKETS_S)
         self._exposed_s = self._histogram(
@@ -84,8 +84,8 @@ class WorkerMetrics:
         self._queries.labels(*self._where).inc(queried_tokens)
         self._hits.labels(*self._where).inc(hit_tokens)
 
-    def preempted(self) -> None:
-        self._preemptions.labels(*self._where).inc()
+    def preempted(self, sequences: int) -> None:
+        self._preemptions.labels(*self._where).inc(sequences)
 
     def local_prefill(self) -> None:
         self._local.labels(*self._where).inc()

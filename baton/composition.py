@@ -1,0 +1,201 @@
+"""Puts the parts of one worker together, over whatever executor, memory, transport and clock it is given.
+
+The worker process gives it torch, shared memory and the machine's clock; the simulation the hash-chain engine, the
+adversarial transport and virtual time. Everything between is the same code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from baton.tier import WorkerTier, policy_for
+from core.clock import Clock
+from core.messages import Role, WorkerId, WorkerInfo
+from core.telemetry.worker_metrics import WorkerMetrics
+from decode_service.policy import DecodePolicy, LocalBudget
+from decode_service.service import DecodeService
+from engine.batch import Executor
+from engine.engine import Engine, RunBlocking
+from engine.intake import Intake
+from engine.pool import PagePool
+from kvtransfer.chores import Chores
+from kvtransfer.digest import XXH3_64
+from kvtransfer.fingerprint import Fingerprint
+from kvtransfer.frames import Frames
+from kvtransfer.liveness import Timing
+from kvtransfer.receiver_link import HandoffReceiver, Outcomes
+from kvtransfer.source_link import HandoffSource
+from kvtransfer.states import State
+from kvtransfer.transport import Transport
+from prefill_service.policy import PrefillPolicy
+from prefill_service.service import PrefillService
+from session.outlet import Outlet
+
+SWEEP_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What the services know of the model."""
+
+    identity: str
+    vocabulary: int
+    max_context_tokens: int
+    end_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """A worker's scheduling, resolved from its options."""
+
+    step_tokens: int = 512
+    max_rows: int = 256
+    max_local_tokens: int = 2048
+    prefill_share: float = 0.25
+    prefill_patience_s: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The ports: what differs between a process and a simulation."""
+
+    executor: Executor
+    frames: Frames
+    transport: Transport
+    descriptor: bytes
+    clock: Clock
+    random: Random
+    run_blocking: RunBlocking
+    offload: Callable[[Callable[[], Any]], Awaitable[Any]]
+    timing: Timing = field(default_factory=Timing)
+
+
+class HandoffCounts:
+    """kvtransfer.ports.Counters, into the worker's metrics."""
+
+    def __init__(self, metrics: WorkerMetrics) -> None:
+        self._metrics = metrics
+
+    def handoff(self, outcome: State, code: str) -> None:
+        self._metrics.handoff_ended(outcome.value)
+
+    def pages(self, count: int) -> None:
+        self._metrics.handoff_pages(count)
+
+    def moved(self, old: State | None, new: State) -> None:
+        """The gauge is read from the ends themselves."""
+
+    def fault(self, peer: WorkerId, code: str) -> None:
+        self._metrics.handoff_fault(peer.name, code)
+
+
+class Worker:
+    """One worker without its sockets."""
+
+    def __init__(self, info: WorkerInfo, model: Model, limits: Limits, machine: Machine, served_name: str) -> None:
+        self.info = info
+        self.machine = machine
+        self.pool = PagePool(machine.frames.pages, epochs=machine.frames.epochs)
+        self.metrics = WorkerMetrics(served_name, info.worker.name)
+        self.metrics.cache_config(info.page_size, info.pages_total)
+        self.outlet = Outlet(machine.clock)
+        self.source: HandoffSource | None = None
+        self.receiver: HandoffReceiver | None = None
+        self._model = model
+        self._chores = Chores()
+        self._intake = Intake(model.identity, model.vocabulary, model.max_context_tokens, model.end_ids, machine.clock)
+        self.engine = Engine(
+            machine.executor,
+            self.pool,
+            info.page_size,
+            policy_for(info.role, *_policies(info.role, limits)),
+            machine.clock,
+            machine.run_blocking,
+            lambda report: self.tier.on_step(report),
+            peer_wait_s=lambda: self.tier.decode.oldest_expected_s if self.tier.decode else 0.0,
+        )
+        self.tier = WorkerTier(info, self.engine, self.pool, self.metrics, machine.clock)
+        if info.role is Role.PREFILL:
+            self.tier.prefill = self._prefill_service()
+        else:
+            self.tier.decode = self._decode_service(limits)
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin to step. The returned task ends only by an error of ours, or when it is cancelled."""
+        self._chores.every(SWEEP_S, self.tier.sweep, "sweep")
+        return asyncio.create_task(self.engine.run(), name="engine")
+
+    async def stop(self) -> None:
+        await self._chores.stop()
+        for end in (self.source, self.receiver):
+            if end is not None:
+                await end.stop()
+
+    def metrics_text(self) -> bytes:
+        self.tier.measure()
+        return self.metrics.text()
+
+    def _fingerprint(self) -> Fingerprint:
+        return Fingerprint(self._model.identity, self.machine.frames.layout, XXH3_64)
+
+    def _prefill_service(self) -> PrefillService:
+        machine = self.machine
+        spawn = self._chores.spawn
+        service = PrefillService(
+            self.engine, self._intake, self.outlet, machine.clock, lambda offer: spawn(offer, "offer"), self.metrics
+        )
+        self.source = HandoffSource(
+            me=self.info.worker,
+            fingerprint=self._fingerprint(),
+            pages=self.pool,
+            frames=machine.frames,
+            transport=machine.transport,
+            descriptor=machine.descriptor,
+            clock=machine.clock,
+            random=machine.random,
+            offload=machine.offload,
+            on_closed=service.on_closed,
+            counters=HandoffCounts(self.metrics),
+            timing=machine.timing,
+        )
+        service.attach(self.source)
+        self.tier.handoffs = self.source.counts
+        return service
+
+    def _decode_service(self, limits: Limits) -> DecodeService:
+        machine, takes_handoffs = self.machine, self.info.role is Role.DECODE
+        local_tokens = limits.max_local_tokens if takes_handoffs else None
+        service = DecodeService(
+            self.engine, self._intake, self.outlet, machine.clock, self.metrics, max_local_tokens=local_tokens
+        )
+        if takes_handoffs:
+            self.receiver = HandoffReceiver(
+                me=self.info.worker,
+                fingerprint=self._fingerprint(),
+                pages=self.pool,
+                reservations=service,
+                transport=machine.transport,
+                clock=machine.clock,
+                outcomes=Outcomes(service.on_commit, service.on_abort),
+                counters=HandoffCounts(self.metrics),
+                timing=machine.timing,
+            )
+            service.attach(self.receiver)
+            self.tier.handoffs = self.receiver.counts
+        return service
+
+
+def _policies(role: Role, limits: Limits) -> tuple[DecodePolicy, PrefillPolicy]:
+    """On an aggregated worker the prompts are the prefill policy's, without a budget."""
+    decode = DecodePolicy(
+        max_rows=limits.max_rows,
+        step_tokens=limits.step_tokens,
+        local=LocalBudget() if role is Role.DECODE else None,
+        prefill_share=limits.prefill_share,
+        prefill_patience_s=limits.prefill_patience_s,
+    )
+    return decode, PrefillPolicy(limits.step_tokens)
