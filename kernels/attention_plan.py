@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
 
 class Group(NamedTuple):
-    """`rows` rows of `length` query tokens each, from `first_token` of the flat batch; `slots` gathered keys per row."""
+    """`rows` rows of `length` query tokens each, from `first_token` of the batch; `slots` gathered keys per row."""
 
     first_token: int
     rows: int

@@ -1,6 +1,6 @@
 """Root-mean-square norm over the last dimension, with the residual addition that precedes it in a decoder.
 
-x [..., E], weight [E]            →  [..., E]            x / rms(x) * weight, the mean taken in float32
+x [..., E], weight [E]            →  [..., E]            x / rms(x) * weight in float32, rounded once
 x [..., E], residual [..., E]     →  normed, x + residual
 """
 
@@ -12,15 +12,13 @@ import torch
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)  # rounded before the weight, as checkpoints were trained and evaluated
+    return (wide * weight.float()).to(x.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """[..., E] normed over E."""
     assert weight.shape == x.shape[-1:], (weight.shape, x.shape)
     assert weight.dtype == x.dtype, (weight.dtype, x.dtype)
-    if x.dtype == torch.float16:  # the fused operator squares in the input's type on some builds and overflows
-        return rms_norm_reference(x, weight, eps)
     return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
 
 
