@@ -29,10 +29,9 @@ class Served:
     """A model and its tokenizer, loaded from a folder."""
 
     def __init__(self, folder: str) -> None:
-        """Load both."""
+        """Load both; a loaded model is in evaluation mode."""
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        self.model.eval()
 
     def generate(self, ids: list[int], limit: int) -> str:
         """The greedy continuation of a prompt, without special tokens."""
