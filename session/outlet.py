@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from core.clock import Clock
-from core.messages import RequestFailed, Submit, Token, TokenBatch, Tokens
+from core.messages import RequestFailed, Token, TokenBatch, Tokens
 
 Key = tuple[str, int]  # request id, attempt
 
@@ -44,9 +44,13 @@ class RouterQueue:
         try:
             self.messages.put_nowait(message)
         except asyncio.QueueFull:
-            while not self.messages.empty():
-                self.messages.get_nowait()
-            self.messages.put_nowait(None)
+            self.end()
+
+    def end(self) -> None:
+        """Close the session. What waits is dropped: the router asks for it again when it is back."""
+        while not self.messages.empty():
+            self.messages.get_nowait()
+        self.messages.put_nowait(None)
 
 
 class Outlet:
@@ -71,7 +75,7 @@ class Outlet:
         """
         older = self._routers.get(router)
         if older is not None and older.lost_s is None:
-            older.messages.put_nowait(None) if not older.messages.full() else None
+            older.end()
         queue = self._routers[router] = RouterQueue(asyncio.Queue(self._queue_messages))
         held = [key for key, item in self._held.items() if item.router == router]
         for key, next_index in resume.items():
@@ -101,9 +105,8 @@ class Outlet:
 
     # --- requests --------------------------------------------------------------------------------------------
 
-    def hold(self, router: str, submit: Submit) -> bool:
+    def hold(self, router: str, key: Key) -> bool:
         """Remember whose attempt this is. False if it is known already: a Submit may come twice."""
-        key = (submit.request_id, submit.attempt)
         if key in self._held:
             return False
         self._held[key] = _Held(router)

@@ -30,9 +30,9 @@ from core.messages import (
 )
 from core.sampling import SamplingParams
 from core.wire_version import MAJOR, MINOR
+from session.desk import Desk
 from session.feed import Feed
-from session.outlet import Key, Outlet, RouterQueue
-from session.tier import Tier
+from session.outlet import RouterQueue
 from wire import session_pb2 as pb
 from wire import session_pb2_grpc
 
@@ -51,9 +51,9 @@ ServerContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class WorkerServicer(session_pb2_grpc.WorkerServicer):
     """One per worker process, for any number of routers."""
 
-    def __init__(self, tier: Tier, outlet: Outlet, clock: Clock, metrics_text: Callable[[], bytes]) -> None:
-        self._tier = tier
-        self._outlet = outlet
+    def __init__(self, desk: Desk, clock: Clock, metrics_text: Callable[[], bytes]) -> None:
+        self._desk = desk
+        self._tier = desk.tier
         self._clock = clock
         self._metrics_text = metrics_text
         self._feeds: set[Feed] = set()
@@ -64,9 +64,7 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
         """One session: Hello first, then whatever comes, until either side ends it."""
         hello = await _hello(request_iterator, context)
         resume = {(r.request_id, r.attempt): tuple(r.next_index) for r in hello.resume}
-        queue, dropped = self._outlet.open(hello.router, resume)
-        for key in dropped:
-            self._drop(key)
+        queue = self._desk.open(hello.router, resume)
         reader = asyncio.create_task(self._read(hello.router, request_iterator, queue), name="session-reader")
         try:
             yield pb.FromWorker(welcome=_encode_info(self._tier.info))
@@ -74,7 +72,7 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
                 yield _encode(message)
         finally:
             reader.cancel()
-            self._outlet.close(hello.router, queue)
+            self._desk.close(hello.router, queue)
 
     async def Events(self, request: pb.EventsRequest, context: ServerContext) -> AsyncIterator[pb.Event]:
         self.publish()
@@ -107,39 +105,23 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
             for feed in self._feeds:
                 feed.changed(change)
 
-    def sweep(self) -> None:
-        """Cancel what routers have left behind. Called by the worker about once a second."""
-        for key in self._outlet.sweep():
-            log.warning("router of request %s attempt %d is gone: cancelled", *key)
-            self._drop(key)
-
     async def _read(self, router: str, incoming: AsyncIterator[pb.ToWorker], queue: RouterQueue) -> None:
         async for message in incoming:
             if message.HasField("submit"):
                 self._submit(router, message.submit)
             elif message.HasField("cancel"):
-                self._cancel(message.cancel)
-        queue.messages.put_nowait(None) if not queue.messages.full() else None
+                cancel = message.cancel
+                self._desk.cancel(Cancel(cancel.request_id, cancel.attempt, tuple(cancel.choices)))
+        queue.end()
 
     def _submit(self, router: str, message: pb.Submit) -> None:
-        """Take it on, or answer at once with its failure; a second copy changes nothing."""
-        key = (message.request_id, message.attempt)
-        if not self._outlet.hold(router, Submit(*key, (), SamplingParams(), 0, 0.0)):
-            return
         try:
-            self._tier.submit(_decode_submit(message))
+            submit = _decode_submit(message)
         except BatonError as error:
-            self._outlet.send([RequestFailed(*key, error.code, error.message)])
-
-    def _cancel(self, message: pb.Cancel) -> None:
-        cancel = Cancel(message.request_id, message.attempt, tuple(message.choices))
-        self._tier.cancel(cancel)
-        if not cancel.choices:
-            self._outlet.forget((cancel.request_id, cancel.attempt))
-
-    def _drop(self, key: Key) -> None:
-        self._tier.cancel(Cancel(*key))
-        self._outlet.forget(key)
+            log.warning("a Submit of %s was refused: %s", router, error.message)
+            self._desk.refuse(router, (message.request_id, message.attempt), error)
+            return
+        self._desk.submit(router, submit)
 
 
 async def _hello(incoming: AsyncIterator[pb.ToWorker], context: ServerContext) -> pb.Hello:
