@@ -15,6 +15,7 @@ import torch
 from core.sampling import SamplingParams
 from kernels.gumbel import REACH
 
+LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it float32 would divide by 0
 ROUNDING = 1e-3  # float32 error of a sum of logit and noise, amply
 
 Ids = npt.NDArray[np.int64]
@@ -22,8 +23,8 @@ Values = npt.NDArray[np.float32]
 
 
 def candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[Ids, Values]:
-    """[V] → ascending ids [C] and their logits / temperature, the best being 0."""
-    scaled = (logits - logits.max()) / params.temperature  # the best is 0: no temperature can overflow it
+    """[V] → ascending ids [C] and their logits / temperature, less that of the best id of all."""
+    scaled = (logits - logits.max()) / max(params.temperature, LEAST_TEMPERATURE)  # the best is 0: nothing overflows
     least = -math.inf
     if 0 < params.top_k < len(scaled):
         least = float(scaled.topk(params.top_k).values[-1])
@@ -39,6 +40,8 @@ def candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[Ids, Value
         ids, values = ids[likely], values[likely]
     if params.typical_p < 1.0:
         ids, values = _typical(ids, values, params.typical_p)
+        near = values >= values.max() - REACH - ROUNDING
+        ids, values = ids[near], values[near]
     return ids, values
 
 
