@@ -17,8 +17,8 @@ from pathlib import Path
 from baton.available_memory import available_bytes
 from baton.model_facts import context_tokens
 from core.clock import Clock
-from core.errors import TooLittleMemory
-from core.layout import PageLayout
+from core.errors import ConfigError, TooLittleMemory
+from core.layout import HASH_UNIT_TOKENS, PageLayout
 from engine.architectures.registry import find_architecture
 from engine.config import ModelConfig, read_config
 from engine.identity import identity
@@ -39,6 +39,13 @@ class PoolWish:
     pages: int = 0  # frame 0 included
     kv_bytes: int = 0
     max_context_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError, naming the flag."""
+        if self.page_size < HASH_UNIT_TOKENS or self.page_size % HASH_UNIT_TOKENS:
+            raise ConfigError(f"--page-size must be a multiple of {HASH_UNIT_TOKENS}, got {self.page_size}")
+        if min(self.pages, self.kv_bytes, self.max_context_tokens) < 0:
+            raise ConfigError("--pages, --kv-memory and --max-context must not be negative")
 
 
 @dataclass(frozen=True, slots=True)

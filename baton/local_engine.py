@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -33,7 +33,7 @@ class EngineWish:
     """What was asked for; 0 leaves it to the model and the machine."""
 
     dtype: str = "auto"
-    pool: PoolWish = PoolWish()
+    pool: PoolWish = field(default_factory=PoolWish)
     threads: int = 0
     step_tokens: int = 512
 

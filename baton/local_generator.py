@@ -86,7 +86,7 @@ class LocalGenerator:
             priority=request.priority,
         )
         inbox = self._inboxes[request.request_id] = asyncio.Queue()
-        self._outlet.hold(ROUTER, submit)
+        self._outlet.hold(ROUTER, (submit.request_id, ATTEMPT))
         self._tier.submit(submit)
         return inbox
 
