@@ -103,7 +103,7 @@ def piece_table(tokenizer: Tokenizer) -> PieceTable:
     if kinds == {"ByteLevel"}:
         letters = _byte_of_letter()
         return PieceTable([_byte_level(token, letters) for token in tokens], special, exact=True)
-    if kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"} and "ByteFallback" in kinds:
+    if _is_sentencepiece(decoders):
         return PieceTable([_sentencepiece(token, decoders) for token in tokens], special, exact=True)
     return PieceTable([token.encode() for token in tokens], special, exact=False)
 
@@ -136,6 +136,15 @@ def _byte_level(token: str, letters: Mapping[str, int]) -> bytes:
         return token.encode()
 
 
+def _is_sentencepiece(decoders: Sequence[Mapping[str, object]]) -> bool:
+    """Llama 2's kind: letters replaced one by one, and byte tokens. Its Strip takes the space that begins a text:
+    not ours, which goes on after a prompt."""
+    kinds = {decoder["type"] for decoder in decoders}
+    patterns = [decoder["pattern"] for decoder in decoders if decoder["type"] == "Replace"]
+    plain = all(isinstance(pattern, dict) and "String" in pattern for pattern in patterns)
+    return plain and "ByteFallback" in kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+
+
 def _sentencepiece(token: str, decoders: Sequence[Mapping[str, object]]) -> bytes:
     byte = BYTE_TOKEN.fullmatch(token)
     if byte:
@@ -146,5 +155,5 @@ def _sentencepiece(token: str, decoders: Sequence[Mapping[str, object]]) -> byte
         elif decoder["type"] == "Replace":
             pattern = decoder["pattern"]
             assert isinstance(pattern, dict)
-            token = token.replace(str(pattern.get("String", "")), str(decoder["content"]))
+            token = token.replace(str(pattern["String"]), str(decoder["content"]))
     return token.encode()

@@ -66,35 +66,35 @@ class Handler:
         """One call. It ends once: with a reply, or with an error that the client can act on."""
         outcome = Cancelled.code  # unless it comes to another end
         try:
-            call = shape.parse(parse_object(await connection.body()), self.model, self.limits)
+            call = shape.parse(parse_object(await connection.body()), self.model, self.limits)  # read
             check_model(call.model, self.model)
-            async with connection:  # undo: stops watching; a client that left is raised as Cancelled
-                await self._complete(call, shape, connection, request_id)
+            async with connection:  # undo: stops watching the client; that it left is raised as Cancelled
+                await self._live(call, shape, connection, request_id)
             outcome = "ok"
         except BatonError as error:
             outcome = error.code
             logger.info("request %s: %s: %s", request_id, error.code, error)
             await connection.fail(error)
-        except Exception:
+        except Exception:  # a mistake of ours ends this request, not the server
             outcome = BatonError.code
             logger.exception("request %s failed", request_id)
             await connection.fail(BatonError("internal error"))
         finally:
             self.metrics.count_outcome(outcome)
 
-    async def _complete(self, call: Call, shape: Shape, connection: Connection, request_id: str) -> None:
+    async def _live(self, call: Call, shape: Shape, connection: Connection, request_id: str) -> None:
         arrived = self.clock()
-        with self.admission.admit(call.choices) as slot:  # undo: the slot is free again
-            requests = await self.prompts.requests(call, request_id, self.limits.deadline_s, self.new_seed)
+        with self.admission.admit(call.choices) as slot:  # admit; undo: the slot is free again
+            requests = await self.prompts.requests(call, request_id, self.limits.deadline_s, self.new_seed)  # tokenize
             slot.queue([len(request.prompt_ids) for request in requests])  # undo: with the slot
             output = Output(call, requests, self.prompts.tokenizer, self.generator.finish_choice)
             writer = self._writer(call, shape, connection, request_id, output)
-            with self.metrics.account(requests, output, arrived) as account:  # undo: none; counts any ending
-                async with generated(self.generator, requests) as steps:  # undo: closing cancels at every worker
+            with self.metrics.account(requests, output, arrived) as account:  # account; counts any ending
+                async with generated(self.generator, requests) as steps:  # submit; undo: cancels at every worker
                     async for number, step in steps:
                         if account.tick(number, self.clock()):
                             slot.started(number)
-                        await writer.take(number, step)
+                        await writer.take(number, step)  # stream; waits for a client that reads slowly
                         if output.done:
                             break
                 output.check_complete()

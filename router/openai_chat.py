@@ -9,7 +9,7 @@ from core.errors import InvalidRequest
 from core.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from router.call import Call, Conversation
 from router.limits import Limits, ServedModel
-from router.reply import Delta, Shape, TokenText
+from router.reply import Shape, TokenJson, TokenText, json_text
 from router.sampling_fields import (
     check_user,
     max_tokens_of,
@@ -128,21 +128,15 @@ class ChatShape(Shape):
 
     closing = "}"
 
-    def logprobs(self, tokens: Sequence[TokenText]) -> object:
-        return {"content": [_logprob(token) for token in tokens], "refusal": None}
+    def whole_opening(self, index: int) -> str:
+        return f'{{"index":{index},"message":{{"role":"assistant","refusal":null,"content":'
 
-    def choice(self, delta: Delta) -> dict[str, object]:
-        return {
-            "index": delta.index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
-            "logprobs": None if delta.tokens is None else self.logprobs(delta.tokens),
-            "finish_reason": delta.finish,
-        }
+    def token_json(self, token: TokenText) -> TokenJson:
+        top = [_entry(piece, logprob) for piece, logprob in token.top]
+        return (json_text(_entry(token.piece, token.logprob) | {"top_logprobs": top}),)
 
-
-def _logprob(token: TokenText) -> dict[str, object]:
-    top = [_entry(piece, logprob) for piece, logprob in token.top]
-    return _entry(token.piece, token.logprob) | {"top_logprobs": top}
+    def logprobs(self, tokens: Sequence[TokenJson]) -> str:
+        return f'{{"content":[{",".join([entry for (entry,) in tokens])}],"refusal":null}}'
 
 
 def _entry(piece: bytes, logprob: float) -> dict[str, object]:

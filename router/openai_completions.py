@@ -8,7 +8,7 @@ from dataclasses import replace
 from core.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from router.call import Call, Prompt
 from router.limits import Limits, ServedModel
-from router.reply import Delta, Shape, TokenText
+from router.reply import Shape, TokenJson, TokenText, json_text
 from router.sampling_fields import (
     check_user,
     max_tokens_of,
@@ -21,6 +21,7 @@ from router.sampling_fields import (
 from router.validation import Fields, clean_text, refuse, token_ids
 
 DEFAULT_MAX_TOKENS = 16
+LOGPROB_ARRAYS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 def parse_completion(fields: Fields, model: ServedModel, limits: Limits) -> Call:
@@ -68,14 +69,14 @@ def _prompts(fields: Fields, model: ServedModel, limits: Limits) -> tuple[Prompt
     if type(value) is not list or not value:
         refuse("prompt", "must be a string, a list of strings, a list of token ids, or a list of those lists")
     if type(value[0]) is int:
-        return (token_ids(value, "prompt", model.vocab_size),)
+        return (token_ids(value, "prompt", model),)
     if len(value) > limits.max_prompts:
         refuse("prompt", f"must have at most {limits.max_prompts} items")
-    return tuple(_prompt(item, f"prompt[{i}]", model.vocab_size) for i, item in enumerate(value))
+    return tuple(_prompt(item, f"prompt[{i}]", model) for i, item in enumerate(value))
 
 
-def _prompt(item: object, param: str, vocab_size: int) -> Prompt:
-    return clean_text(item, param) if type(item) is str else token_ids(item, param, vocab_size)
+def _prompt(item: object, param: str, model: ServedModel) -> Prompt:
+    return clean_text(item, param) if type(item) is str else token_ids(item, param, model)
 
 
 class CompletionShape(Shape):
@@ -92,21 +93,17 @@ class CompletionShape(Shape):
     def opening(self, index: int, first: bool) -> str:
         return f'{{"index":{index},"text":'
 
-    def logprobs(self, tokens: Sequence[TokenText]) -> object:
-        return {
-            "tokens": [_text(token.piece) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [_top(token) for token in tokens],
-            "text_offset": [token.offset for token in tokens],
-        }
+    def whole_opening(self, index: int) -> str:
+        return self.opening(index, first=True)
 
-    def choice(self, delta: Delta) -> dict[str, object]:
-        return {
-            "index": delta.index,
-            "text": delta.text,
-            "logprobs": None if delta.tokens is None else self.logprobs(delta.tokens),
-            "finish_reason": delta.finish,
-        }
+    def token_json(self, token: TokenText) -> TokenJson:
+        entries = (_text(token.piece), token.logprob, _top(token), token.offset)
+        return tuple(json_text(entry) for entry in entries)
+
+    def logprobs(self, tokens: Sequence[TokenJson]) -> str:
+        columns = zip(*tokens, strict=True) if tokens else [()] * len(LOGPROB_ARRAYS)
+        arrays = [f'"{name}":[{",".join(column)}]' for name, column in zip(LOGPROB_ARRAYS, columns, strict=True)]
+        return f"{{{','.join(arrays)}}}"
 
 
 def _top(token: TokenText) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 
@@ -61,8 +61,14 @@ class ReplyHead:
     model: str
 
 
+TokenJson = tuple[str, ...]  # one token's logprobs: the JSON of one entry for each array of the endpoint's form
+
+
 class Shape(ABC):
-    """How one endpoint reads its body and writes its reply."""
+    """How one endpoint reads its body and writes its reply.
+
+    Logprobs become JSON token by token, as they come: thousands of them at once would stall every other stream.
+    """
 
     id_prefix: str
     object_name: str
@@ -78,31 +84,39 @@ class Shape(ABC):
         """The JSON of a streamed choice up to its text."""
 
     @abstractmethod
-    def logprobs(self, tokens: Sequence[TokenText]) -> object: ...
+    def whole_opening(self, index: int) -> str:
+        """The same for a choice that is not streamed."""
 
     @abstractmethod
-    def choice(self, delta: Delta) -> dict[str, object]:
+    def token_json(self, token: TokenText) -> TokenJson: ...
+
+    @abstractmethod
+    def logprobs(self, tokens: Sequence[TokenJson]) -> str:
+        """The JSON object of these tokens' logprobs."""
+
+    def choice(self, index: int, text: str, tokens: Sequence[TokenJson] | None, finish: str | None) -> str:
         """A whole choice, not streamed."""
+        logprobs = "null" if tokens is None else self.logprobs(tokens)
+        opening = self.whole_opening(index) + encode_basestring(text) + self.closing
+        return f'{opening},"logprobs":{logprobs},"finish_reason":{json_text(finish)}}}'
 
-    def body(self, head: ReplyHead, choices: Sequence[Delta], usage: Usage) -> dict[str, object]:
-        return {
-            **self._head(head, self.object_name),
-            "choices": [self.choice(choice) for choice in choices],
-            "usage": usage.as_json(),
-        }
+    def body(self, head: ReplyHead, choices: Sequence[str], usage: Usage) -> str:
+        opening = self._opening(head, self.object_name)
+        return f'{opening}{",".join(choices)}],"usage":{json_text(usage.as_json())}}}'
 
-    def _head(self, head: ReplyHead, name: str) -> dict[str, object]:
-        return {
+    def chunk_opening(self, head: ReplyHead) -> str:
+        """The JSON of a chunk up to its choices."""
+        return self._opening(head, self.chunk_name)
+
+    def _opening(self, head: ReplyHead, name: str) -> str:
+        fields = {
             "id": self.id_prefix + head.request_id,
             "object": name,
             "created": head.created,
             "model": head.model,
             "system_fingerprint": None,
         }
-
-    def chunk_head(self, head: ReplyHead) -> str:
-        """The JSON of a chunk up to its choices."""
-        return json_text(self._head(head, self.chunk_name))[:-1] + ',"choices":['
+        return json_text(fields)[:-1] + ',"choices":['
 
 
 class ChunkWriter:
@@ -110,7 +124,7 @@ class ChunkWriter:
 
     def __init__(self, shape: Shape, head: ReplyHead, choices: int, include_usage: bool) -> None:
         self._shape = shape
-        self._head = "data: " + shape.chunk_head(head)
+        self._head = "data: " + shape.chunk_opening(head)
         self._tail = ',"usage":null}\n\n' if include_usage else "}\n\n"
         self._first = [True] * choices
         self._openings = [self._head + shape.opening(index, first=False) for index in range(choices)]
@@ -127,17 +141,19 @@ class ChunkWriter:
         if self._first[delta.index]:
             self._first[delta.index] = False
             opening = self._head + self._shape.opening(delta.index, first=True)
-        logprobs = "null" if delta.tokens is None else json_text(self._shape.logprobs(delta.tokens))
+        shape = self._shape
+        tokens = delta.tokens
+        logprobs = "null" if tokens is None else shape.logprobs([shape.token_json(token) for token in tokens])
         finish = "null" if delta.finish is None else f'"{delta.finish}"'
         tail = self._tail if usage is None else f',"usage":{json_text(usage.as_json())}}}\n\n'
         text = encode_basestring(delta.text)
-        return f'{opening}{text}{self._shape.closing},"logprobs":{logprobs},"finish_reason":{finish}}}]{tail}'
+        return f'{opening}{text}{shape.closing},"logprobs":{logprobs},"finish_reason":{finish}}}]{tail}'
 
     def usage(self, usage: Usage) -> str:
         """The last chunk: no choices, only what was used."""
         return f'{self._head}],"usage":{json_text(usage.as_json())}}}\n\n'
 
 
-def json_text(value: Mapping[str, object] | object) -> str:
+def json_text(value: object) -> str:
     """Compact JSON. Non-ASCII text stays as it is: all of it is valid Unicode by now."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

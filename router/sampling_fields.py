@@ -75,7 +75,7 @@ def sampling_params(fields: Fields, model: ServedModel, limits: Limits, max_toke
         logit_bias=_logit_bias(fields, model.vocab_size),
         seed=seed,
         stop=_stop_strings(fields),
-        stop_token_ids=token_ids(fields.items("stop_token_ids", MAX_STOPS), "stop_token_ids", model.vocab_size),
+        stop_token_ids=token_ids(fields.items("stop_token_ids", MAX_STOPS), "stop_token_ids", model),
         ignore_eos=fields.flag("ignore_eos"),
     )
 

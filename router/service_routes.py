@@ -104,17 +104,19 @@ class Tokens:
             ids = await self.prompts.tokenizer.encode(text, fields.flag("add_special_tokens", True))
         else:
             raise InvalidRequest("prompt: either prompt or messages is needed", param="prompt")
-        spelled = [self.prompts.tokenizer.token_text(token_id) for token_id in ids]
+        spelled = None
+        if fields.flag("return_token_strs"):
+            spelled = [self.prompts.tokenizer.token_text(token_id) for token_id in ids]
         return {
             "count": len(ids),
             "max_model_len": self.model.context_tokens,
             "tokens": list(ids),
-            "token_strs": spelled if fields.flag("return_token_strs") else None,
+            "token_strs": spelled,
         }
 
     async def detokenize(self, fields: Fields) -> object:
         self._check(fields)
-        ids = token_ids(fields.raw("tokens"), "tokens", self.model.vocab_size)
+        ids = token_ids(fields.raw("tokens"), "tokens", self.model)
         return {"prompt": self.prompts.tokenizer.decode(ids, skip_special_tokens=False)}
 
     def _check(self, fields: Fields) -> None:

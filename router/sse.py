@@ -14,7 +14,7 @@ from router.call import Call
 from router.connection import Connection
 from router.generation import Step
 from router.output import Output
-from router.reply import ChunkWriter, Delta, ReplyHead, Shape, json_text
+from router.reply import ChunkWriter, Delta, ReplyHead, Shape, TokenJson
 
 DONE = "data: [DONE]\n\n"
 
@@ -80,23 +80,29 @@ class WholeReply:
     """Collects the choices, and replies once."""
 
     def __init__(self, parts: ReplyParts, connection: Connection) -> None:
+        choices = range(parts.call.choices)
         self._parts = parts
         self._connection = connection
-        with_logprobs = parts.call.params.logprobs is not None
-        self._choices = [Delta(index, tokens=[] if with_logprobs else None) for index in range(parts.call.choices)]
-        self._texts = [[parts.echo_of(index)] for index in range(parts.call.choices)]
+        self._texts = [[parts.echo_of(index)] for index in choices]
+        self._tokens: list[list[TokenJson]] | None = None
+        if parts.call.params.logprobs is not None:
+            self._tokens = [[] for _ in choices]
 
     async def take(self, number: int, step: Step) -> None:
         for delta in self._parts.output.take(number, step):
-            choice = self._choices[delta.index]
             self._texts[delta.index].append(delta.text)
-            choice.finish = delta.finish
-            if choice.tokens is not None and delta.tokens is not None:
-                choice.tokens += delta.tokens
+            if self._tokens is not None and delta.tokens is not None:
+                self._tokens[delta.index] += [self._parts.shape.token_json(token) for token in delta.tokens]
 
     async def end(self) -> None:
-        for choice, texts in zip(self._choices, self._texts, strict=True):
-            choice.text = "".join(texts)
         parts = self._parts
-        body = parts.shape.body(parts.head, self._choices, parts.output.usage())
-        await self._connection.reply(200, json_text(body))
+        choices = [
+            parts.shape.choice(
+                choice.index,
+                "".join(self._texts[choice.index]),
+                None if self._tokens is None else self._tokens[choice.index],
+                choice.finish,
+            )
+            for choice in parts.output.choices
+        ]
+        await self._connection.reply(200, parts.shape.body(parts.head, choices, parts.output.usage()))

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
-from core.errors import InvalidRequest
+from core.errors import ContextTooLong, InvalidRequest
+from router.limits import ServedModel
 
 INT64_MAX = 2**63 - 1
 MAX_PLAIN_NODES = 256
@@ -59,14 +60,20 @@ def clean_text(value: object, param: str, longest: int | None = None) -> str:
     return value
 
 
-def token_ids(value: object, param: str, vocab_size: int) -> tuple[int, ...]:
-    """A list of ids of the vocabulary."""
+def token_ids(value: object, param: str, model: ServedModel) -> tuple[int, ...]:
+    """A list of ids of the vocabulary, within the context. Its length is looked at first: it may be in the millions."""
     if type(value) is not list:
         refuse(param, "must be a list of token ids")
+    if len(value) > model.context_tokens:
+        raise ContextTooLong(
+            f"This model's maximum context length is {model.context_tokens} tokens. However, your {param} has "
+            f"{len(value)} tokens. Please reduce its length.",
+            param=param,
+        )
     if any(type(item) is not int for item in value):
         refuse(param, "must hold integers only")
-    if value and not (min(value) >= 0 and max(value) < vocab_size):
-        refuse(param, f"holds a token id outside 0 to {vocab_size - 1}")
+    if value and (min(value) < 0 or max(value) >= model.vocab_size):
+        refuse(param, f"holds a token id outside 0 to {model.vocab_size - 1}")
     return tuple(value)
 
 

@@ -4,11 +4,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
-from router_front import HELLO, MODEL, front, on_socket, say, tiny_tokenizer
+from router_front import HELLO, MODEL, front, in_process, on_socket, say, tiny_tokenizer
 from scripted_generator import ScriptedGenerator
 
 from core.errors import DeadlineExceeded, EngineError, NoCapacity, PoisonRequest, QueueFull, WorkerLost
@@ -23,9 +22,11 @@ USER: Any = [{"role": "user", "content": "hi"}]
 async def client_of(
     generator: ScriptedGenerator, limits: Limits | None = None, max_retries: int = 0
 ) -> AsyncIterator[AsyncOpenAI]:
-    async with on_socket(front(TOKENIZER, generator, limits)) as port:
-        async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=max_retries) as client:
-            yield client
+    async with (
+        on_socket(front(TOKENIZER, generator, limits)) as port,
+        AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=max_retries) as client,
+    ):
+        yield client
 
 
 async def test_chat() -> None:
@@ -90,7 +91,8 @@ async def test_completion_logprobs() -> None:
     text = reply.choices[0].text
     assert "".join(logprobs.tokens[:-1]) == text == "a bc"
     assert logprobs.tokens[-1] == "<|im_end|>" and logprobs.text_offset[-1] == len(text)
-    assert all(text[offset:].startswith(token) for offset, token in zip(logprobs.text_offset, logprobs.tokens[:-1]))
+    placed = zip(logprobs.text_offset, logprobs.tokens[:-1], strict=False)
+    assert all(text[offset:].startswith(token) for offset, token in placed)
     assert logprobs.token_logprobs == [-0.5] * len(logprobs.tokens)
     assert logprobs.top_logprobs is not None
     assert list(logprobs.top_logprobs[0]) == [logprobs.tokens[0]]
@@ -260,8 +262,7 @@ async def test_too_many_requests() -> None:
 
 
 async def test_the_server_can_be_asked_by_any_client() -> None:
-    async with on_socket(front(TOKENIZER, say(TOKENIZER, HELLO))) as port:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            body = '{"model": "baton-tiny", "messages": [{"role": "user", "content": "hi"}]}'
-            reply = await client.post("/v1/chat/completions", content=body)  # no content type at all
-            assert reply.json()["choices"][0]["message"]["content"] == HELLO
+    async with in_process(front(TOKENIZER, say(TOKENIZER, HELLO))) as client:
+        body = '{"model": "baton-tiny", "messages": [{"role": "user", "content": "hi"}]}'
+        reply = await client.post("/v1/chat/completions", content=body)  # no content type at all
+        assert reply.json()["choices"][0]["message"]["content"] == HELLO

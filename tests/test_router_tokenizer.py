@@ -26,7 +26,8 @@ TEMPLATES = {
     "llama 3": """{{- bos_token }}
 {%- set loop_messages = messages %}
 {%- for message in loop_messages %}
-    {%- set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}
+    {%- set head = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' %}
+    {%- set content = head + message['content'] | trim + '<|eot_id|>' %}
     {{- content }}
 {%- endfor %}
 {%- if add_generation_prompt %}
