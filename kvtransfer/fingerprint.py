@@ -6,10 +6,7 @@ from dataclasses import dataclass, fields
 
 from core.errors import FingerprintMismatch
 from core.layout import PageLayout
-
-WIRE_MAJOR = 1  # raised when an old end cannot understand a new one
-WIRE_MINOR = 0  # raised when fields are added; the previous one is accepted
-# 1.0  the first version
+from core.wire_version import MAJOR, MINOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +16,8 @@ class Fingerprint:
     identity: str
     layout: PageLayout
     digest: str  # id of the digest's algorithm
-    wire_major: int = WIRE_MAJOR
-    wire_minor: int = WIRE_MINOR
+    wire_major: int = MAJOR
+    wire_minor: int = MINOR
 
 
 def check(mine: Fingerprint, theirs: Fingerprint) -> None:

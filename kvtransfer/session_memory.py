@@ -126,7 +126,7 @@ class MemoryNetwork:
             return
         opening = source.opening(peer.worker)
         try:
-            source.check_answer(receiver.greet(opening))
+            source.check_answer(receiver.greet(opening).fingerprint)
         except (FingerprintMismatch, PeerLost) as error:
             self._wanted.pop(pair, None)
             source.peer_gone(peer.worker, error)

@@ -150,9 +150,9 @@ class HandoffSource:
         """The first message of a session."""
         return replace(self._open, receiver=peer)
 
-    def check_answer(self, answer: Open) -> None:
+    def check_answer(self, theirs: prints.Fingerprint) -> None:
         """Raises FingerprintMismatch."""
-        prints.check(self._open.fingerprint, answer.fingerprint)
+        prints.check(self._open.fingerprint, theirs)
 
     def session_up(self, peer: WorkerId) -> None:
         self._handle(e.SessionUp(peer))
