@@ -13,6 +13,7 @@ closes the generator's iterator, which frees the pages at every worker.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from core.clock import Clock, monotonic_s
-from core.errors import BatonError, Cancelled
+from core.errors import BatonError, Cancelled, NoCapacity
 from router.admission import Admission
 from router.call import Call
 from router.connection import Connection
@@ -79,6 +80,9 @@ class Handler:
             outcome = BatonError.code
             logger.exception("request %s failed", request_id)
             await connection.fail(BatonError("internal error"))
+        except asyncio.CancelledError:  # the server stops before the request has ended
+            await connection.fail(NoCapacity("the server is stopping", retry_after_s=1.0))
+            raise
         finally:
             self.metrics.count_outcome(outcome)
 

@@ -167,6 +167,19 @@ async def test_a_slow_reader_that_reads_gets_everything() -> None:
     assert b"data: [DONE]" in answer
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_server_that_stops_tells_the_requests_it_could_not_finish(stream: bool) -> None:
+    generator = say(TOKENIZER, HELLO, endless=True, delay_s=0.001)
+    async with on_socket(front(TOKENIZER, generator)) as port:
+        body = json.dumps(chat(stream=stream)).encode()
+        answer = asyncio.create_task(exchange(port, raw_request(body)))
+        await until(lambda: generator.running == 1)
+    assert generator.cancelled == 1
+    text = await answer
+    assert text.startswith(b"HTTP/1.1 200" if stream else b"HTTP/1.1 503")
+    assert b'"code":"no_capacity"' in text and b"[DONE]" not in text
+
+
 # Bodies and headers
 
 
