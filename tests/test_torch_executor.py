@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from core.errors import EngineError
 from core.sampling import SamplingParams
@@ -15,6 +15,7 @@ from engine.weights import load_model
 from tests.run_rows import GREEDY, Rig, Run, prompt
 from tests.tiny_models import MAX_POSITIONS, TINY, VOCABULARY, save_tiny, tiny_model
 
+BUNDLED = Path(__file__).resolve().parent.parent / "models" / "baton-tiny"
 LENGTHS = (1, 15, 16, 17, 255, 256, 257, 700)  # around the borders of pages and chunks
 CHUNKS = (16, 100, 512, None)
 NEW_TOKENS = 64
@@ -66,6 +67,19 @@ def test_16_bit_tokens_are_within_a_small_margin(name: str, dtype: torch.dtype, 
         best = expected.max(-1).values
         margin = 0.05 + 2 * torch.finfo(dtype).eps * expected.abs().amax(-1)
         assert ((best - chosen) <= margin).all(), float(((best - chosen) - margin).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bundled_model_is_computed_as_the_reference_computes_it(dtype: str) -> None:
+    """Trained weights: sharp attention and confident logits, which random ones lack."""
+    model = load_model(BUNDLED, dtype)
+    reference = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    ids = prompt(700, model.config.vocab_size)
+    for run in Rig(model).generate([ids[:length] for length in (1, 16, 257, 700)], 32, 100):
+        expected = teacher_forced(reference, run)
+        chosen = expected.gather(1, torch.tensor(run.output)[:, None])[:, 0]
+        rounding = 2 * torch.finfo(model.dtype).eps * expected.abs().amax(-1)
+        assert ((expected.max(-1).values - chosen) <= {"float32": 0.0, "bfloat16": 0.05}[dtype] + rounding).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
