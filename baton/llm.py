@@ -1,8 +1,8 @@
 """`from baton import LLM`: a model in this process, without a server.
 
-    with LLM("models/baton-tiny") as llm:
-        for output in llm.generate(["def add(a, b):"], SamplingParams(max_tokens=32)):
-            print(output.outputs[0].text)
+with LLM("models/baton-tiny") as llm:
+    for output in llm.generate(["def add(a, b):"], SamplingParams(max_tokens=32)):
+        print(output.outputs[0].text)
 """
 
 from __future__ import annotations

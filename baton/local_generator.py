@@ -1,6 +1,6 @@
 """A router's Generator over the one worker of this process: a session without a wire, a retry or a second worker.
 
-    generate --Submit--> tier ... engine ... outlet --tokens, failure--> deliver --> inbox of the request --> Step
+generate --Submit--> tier ... engine ... outlet --tokens, failure--> deliver --> inbox of the request --> Step
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def option(default: Any = MISSING, *, help: str, choices: tuple[str, ...] | None
     return field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
     name: str = option(help="name of the worker, unique in its cluster")
     role: str = option(help="what it does", choices=("prefill", "decode", "aggregated"))
@@ -41,7 +41,7 @@ class WorkerOptions:
     lifeline_fd: int = option(-1, help="file descriptor whose end of file ends the process")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterOptions:
     name: str = option("router", help="name of the router")
     model: str = option(help="folder of the checkpoint: tokenizer and chat template")

@@ -24,6 +24,7 @@ from baton.reports import Report, reporter
 from core.clock import monotonic_s
 from core.errors import NoCapacity, StartupError
 from core.messages import Role
+from kvtransfer.chores import Chores
 from router.app import Front, build_app
 from router.choose import Terms
 from router.client import WorkerClient
@@ -92,17 +93,17 @@ class RouterProcess:
             worker_metrics=self._worker_metrics,
             version=baton.__version__,
         )
-        tasks = [asyncio.create_task(client.run()) for client in self._clients.values()]
-        tasks.append(asyncio.create_task(self._say_ready(ready)))
+        chores = Chores()
+        for name, client in self._clients.items():
+            chores.spawn(client.run(), f"session with {name}")
+        chores.spawn(self._say_ready(ready), "ready")
         try:
             server = http_server(build_app(front), self._options.host, self._options.port, STREAM_GRACE_S)
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
             await server.serve([listener])
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await chores.stop()
             tokenizer.close()
 
     def _terms(self) -> Terms:

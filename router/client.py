@@ -164,7 +164,7 @@ class WorkerClient:
         events = asyncio.create_task(self._events(), name="worker-events")
         watch = asyncio.create_task(self._watch(call.cancel), name="worker-watch")
         try:
-            async for message in call:
+            while isinstance(message := await call.read(), pb.FromWorker):
                 self._heard_s = self._clock()
                 self._take(message)
         except asyncio.CancelledError:
@@ -195,7 +195,10 @@ class WorkerClient:
 
     async def _watch(self, cut: Callable[[], bool]) -> None:
         """A worker that is silent for too long is down, whatever its sockets say."""
-        while (left_s := self._heard_s + self._times.silence_s - self._clock()) > 0:
+        while True:
+            left_s = self._heard_s + self._times.silence_s - self._clock()
+            if left_s <= 0:
+                break
             await asyncio.sleep(left_s)
         log.warning("worker %s is silent: taken for lost", self._worker)
         self._down()

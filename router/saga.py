@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from core.clock import Clock
 from core.errors import (
@@ -53,17 +54,30 @@ class _Run:
     decode_spoke: bool = False
 
 
-class SagaCounters:
-    """What the saga counts; the router's metrics take its place."""
+class Counters(Protocol):
+    """What the saga counts: router.metrics.RouterMetrics."""
 
     def retried(self, reason: str) -> None:
-        """An attempt has failed and another follows."""
+        """An attempt has failed, with this error's code, and another follows."""
+        ...
 
     def replayed(self) -> None:
         """The new attempt goes on after tokens that the client has."""
+        ...
 
     def placed(self, local: bool) -> None:
         """An attempt was submitted."""
+        ...
+
+
+class NoCounters:
+    """Counts nothing."""
+
+    def retried(self, reason: str) -> None: ...
+
+    def replayed(self) -> None: ...
+
+    def placed(self, local: bool) -> None: ...
 
 
 class Saga:
@@ -76,13 +90,13 @@ class Saga:
         terms: Terms,
         *,
         placement_wait_s: float = 15.0,
-        counters: SagaCounters | None = None,
+        counters: Counters | None = None,
     ) -> None:
         self._workers = workers
         self._clock = clock
         self._terms = terms
         self._placement_wait_s = placement_wait_s
-        self._counters = counters or SagaCounters()
+        self._counters = counters or NoCounters()
         self._budget = RetryBudget()
         self._pairs = PairHealth()
         self._runs: dict[str, _Run] = {}

@@ -39,7 +39,18 @@ from wire import session_pb2_grpc
 log = logging.getLogger(__name__)
 
 FEED_PERIOD_S = 0.05
-MAX_SUBMIT_BYTES = 16 * 2**20
+MAX_SUBMIT_BYTES = 16 << 20
+SERVER_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_receive_message_length", MAX_SUBMIT_BYTES + (1 << 20)),
+    ("grpc.max_send_message_length", 1 << 20),
+    ("grpc.so_reuseport", 0),
+)
 MAX_PROMPT_TOKENS = 4 * 2**20
 
 _ROLES = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE, Role.AGGREGATED: pb.ROLE_AGGREGATED}
@@ -122,6 +133,10 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
             self._desk.refuse(router, (message.request_id, message.attempt), error)
             return
         self._desk.submit(router, submit)
+
+
+def add_worker_service(server: grpc.aio.Server, servicer: WorkerServicer) -> None:
+    session_pb2_grpc.add_WorkerServicer_to_server(servicer, server)
 
 
 async def _hello(incoming: AsyncIterator[pb.ToWorker], context: ServerContext) -> pb.Hello:

@@ -54,11 +54,6 @@ class WorkerStub:
                 request_serializer=wire_dot_session__pb2.MetricsRequest.SerializeToString,
                 response_deserializer=wire_dot_session__pb2.MetricsReply.FromString,
                 _registered_method=True)
-        self.Drain = channel.unary_unary(
-                '/baton.session.v1.Worker/Drain',
-                request_serializer=wire_dot_session__pb2.DrainRequest.SerializeToString,
-                response_deserializer=wire_dot_session__pb2.DrainReply.FromString,
-                _registered_method=True)
 
 
 class WorkerServicer:
@@ -90,12 +85,6 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Drain(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -118,11 +107,6 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Metrics,
                     request_deserializer=wire_dot_session__pb2.MetricsRequest.FromString,
                     response_serializer=wire_dot_session__pb2.MetricsReply.SerializeToString,
-            ),
-            'Drain': grpc.unary_unary_rpc_method_handler(
-                    servicer.Drain,
-                    request_deserializer=wire_dot_session__pb2.DrainRequest.FromString,
-                    response_serializer=wire_dot_session__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -233,33 +217,6 @@ class Worker:
             '/baton.session.v1.Worker/Metrics',
             wire_dot_session__pb2.MetricsRequest.SerializeToString,
             wire_dot_session__pb2.MetricsReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Drain(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/baton.session.v1.Worker/Drain',
-            wire_dot_session__pb2.DrainRequest.SerializeToString,
-            wire_dot_session__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

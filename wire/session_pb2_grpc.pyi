@@ -41,7 +41,6 @@ class WorkerStub:
     """Answers after one turn of the engine's loop."""
     Metrics: _grpc.UnaryUnaryMultiCallable[_session_pb2.MetricsRequest, _session_pb2.MetricsReply]
     """The worker's metrics as Prometheus text."""
-    Drain: _grpc.UnaryUnaryMultiCallable[_session_pb2.DrainRequest, _session_pb2.DrainReply]
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -52,7 +51,6 @@ class WorkerAsyncStub(WorkerStub):
     """Answers after one turn of the engine's loop."""
     Metrics: _aio.UnaryUnaryMultiCallable[_session_pb2.MetricsRequest, _session_pb2.MetricsReply]  # type: ignore[assignment]
     """The worker's metrics as Prometheus text."""
-    Drain: _aio.UnaryUnaryMultiCallable[_session_pb2.DrainRequest, _session_pb2.DrainReply]  # type: ignore[assignment]
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -84,12 +82,5 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.MetricsReply, _abc.Awaitable[_session_pb2.MetricsReply]]:
         """The worker's metrics as Prometheus text."""
-
-    @_abc_1.abstractmethod
-    def Drain(
-        self,
-        request: _session_pb2.DrainRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_session_pb2.DrainReply, _abc.Awaitable[_session_pb2.DrainReply]]: ...
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,196 @@
+"""One worker process: loads its model, faults its pool in, serves routers and peers until it is told to stop.
+
+Three kinds of threads. The event loop's (control, sessions, the pool's bookkeeping); the compute thread with torch's
+own under it, the only ones whose priority is lowered; and the transport's copying thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+import grpc.aio
+import setproctitle
+import uvloop
+
+from baton import lifeline
+from baton.composition import Limits, Machine, Model, Worker
+from baton.loaded_model import LoadedModel, PoolWish, load
+from baton.logs import set_up_logs
+from baton.options import WorkerOptions, add_options, from_args
+from baton.reports import Report, reporter
+from core.clock import monotonic_s
+from core.errors import StartupError
+from core.messages import Role, WorkerId, WorkerInfo
+from engine.torch_executor import TorchExecutor
+from kvtransfer.client import HandoffDialer
+from kvtransfer.frames import Frames
+from kvtransfer.server import add_handoff_service
+from kvtransfer.shm import ShmTransport
+from session.desk import Desk
+from session.server import SERVER_OPTIONS, WorkerServicer, add_worker_service
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SWEEP_S = 1.0
+STOP_S = 1.0  # open calls may end by themselves for so long
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, WorkerOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    options = from_args(WorkerOptions, args)
+    setproctitle.setproctitle(f"baton-{options.name}")
+    set_up_logs()
+    lifeline.hold(options.lifeline_fd if options.lifeline_fd >= 0 else None)
+    report = reporter(options.report_fd if options.report_fd >= 0 else None)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(WorkerProcess(options, report).serve())
+    except StartupError as error:
+        report(Report("failed", message=error.message, exit_code=error.exit_code))
+        raise
+
+
+class WorkerProcess:
+    """Composes a worker over torch and shared memory, and runs it until SIGTERM or SIGINT."""
+
+    def __init__(self, options: WorkerOptions, report: Callable[[Report], None]) -> None:
+        self._options = options
+        self._report = report
+        self._compute = ThreadPoolExecutor(1, "compute", initializer=_lower_priority, initargs=(options.nice,))
+        self._stopping = asyncio.Event()
+
+    async def serve(self) -> int:
+        """The exit code: 1 when the engine's loop has ended by an error of ours. Raises StartupError."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stopping.set)
+        loading = asyncio.ensure_future(loop.run_in_executor(self._compute, self._load))
+        stop = asyncio.create_task(self._stopping.wait())
+        either: set[asyncio.Future[Any]] = {loading, stop}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            os._exit(0)  # told to stop while it loads: nothing is held yet, and a read cannot be interrupted
+        loaded, frames = loading.result()
+        transport = ShmTransport()
+        descriptor = await transport.serve(frames)
+        worker = self._compose(loaded, frames, transport, descriptor)
+        try:
+            return await self._run(worker)
+        finally:
+            await worker.stop()
+            await transport.close()
+            self._compute.shutdown()
+            stop.cancel()
+
+    def _load(self) -> tuple[LoadedModel, Frames]:
+        """On the compute thread: torch's own threads are made by it, with its priority."""
+        o = self._options
+        wish = PoolWish(o.page_size, o.pages, o.kv_bytes, o.max_context)
+        weights = [0, 0]
+
+        def weights_loaded(done: int, total: int) -> None:
+            weights[:] = done, total
+            self._report(Report("loading", done, total))
+
+        loaded = load(Path(o.model), o.dtype, wish, weights_loaded)
+
+        def pool_faulted_in(done: int, total: int) -> None:
+            self._report(Report("loading", weights[1] + done, weights[1] + total))
+
+        return loaded, Frames.shared(loaded.layout, loaded.pages, pool_faulted_in)
+
+    def _compose(self, loaded: LoadedModel, frames: Frames, transport: ShmTransport, descriptor: bytes) -> Worker:
+        o = self._options
+        threads = o.threads or len(os.sched_getaffinity(0))
+        machine = Machine(
+            executor=TorchExecutor(loaded.model, loaded.layout, frames.buffer, threads),
+            frames=frames,
+            transport=transport,
+            descriptor=descriptor,
+            clock=monotonic_s,
+            random=Random(secrets.randbits(64)),
+            run_blocking=self._run_blocking,
+            offload=asyncio.to_thread,
+        )
+        info = WorkerInfo(
+            worker=WorkerId(o.name, secrets.randbits(63)),
+            role=Role(o.role),
+            identity=loaded.identity,
+            layout=loaded.layout.digest(),
+            page_size=loaded.layout.page_size,
+            pages_total=loaded.pages,
+            max_context_tokens=loaded.max_context_tokens,
+            handoff_endpoint=o.listen if o.role == Role.DECODE.value else "",
+        )
+        model = Model(loaded.identity, loaded.vocabulary, loaded.max_context_tokens, loaded.end_ids)
+        limits = Limits(o.step_tokens, o.max_rows, max(o.step_tokens, 4 * o.local_prefill), o.prefill_share)
+        return Worker(info, model, limits, machine, o.served_name or Path(o.model).name)
+
+    async def _run_blocking(self, call: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._compute, call, *args)
+
+    async def _run(self, worker: Worker) -> int:
+        """Serve until told to stop."""
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        desk = Desk(worker.tier, worker.outlet)
+        servicer = WorkerServicer(desk, monotonic_s, worker.metrics_text)
+        add_worker_service(server, servicer)
+        worker.tier.published = servicer.publish
+        dialer = None
+        if worker.receiver is not None:
+            worker.receiver.start(add_handoff_service(server, worker.receiver))
+        if worker.source is not None:
+            dialer = HandoffDialer(worker.source, worker.machine.random)
+            worker.source.start(dialer)
+        server.add_insecure_port(self._options.listen)
+        engine = worker.start()
+        sweeping = asyncio.create_task(_every(SWEEP_S, desk.sweep), name="sweep")
+        stop = asyncio.create_task(self._stopping.wait())
+        await server.start()
+        self._report(Report("ready"))
+        log.info("%s serves: %d pages of %d tokens", worker.info.worker, worker.info.pages_total, worker.info.page_size)
+        try:
+            first: set[asyncio.Future[Any]] = {engine, stop, sweeping}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            return 0 if self._stopping.is_set() else _report_end(engine)
+        finally:
+            for task in (engine, stop, sweeping):
+                task.cancel()
+            await asyncio.gather(engine, stop, sweeping, return_exceptions=True)
+            if dialer is not None:
+                await dialer.close()
+            await server.stop(STOP_S)
+
+
+def _report_end(engine: asyncio.Task[None]) -> int:
+    error = engine.exception() if engine.done() else None
+    log.critical("the engine's loop has ended", exc_info=error)
+    return 1
+
+
+async def _every(pause_s: float, do: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(pause_s)
+        do()
+
+
+def _lower_priority(nice: int) -> None:
+    """Of the calling thread, and of those that it makes: on Linux a thread has a priority of its own."""
+    if nice:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
