@@ -88,7 +88,8 @@ class Fields:
         return (name for name, value in self._values.items() if value is not None)
 
     def param(self, name: str) -> str:
-        return f"{self._path}{name[:SHOWN_NAME_CHARS]}"
+        """The field's name for an error: a client's own names are cut, and may hold anything."""
+        return self._path + name[:SHOWN_NAME_CHARS].encode("ascii", "backslashreplace").decode()
 
     def raw(self, name: str) -> object:
         return self._values.get(name)

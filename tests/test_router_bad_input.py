@@ -205,6 +205,13 @@ async def test_bad_fields(served: Served, path: str, name: str, value: Any) -> N
 
 
 @pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("name", ["bootstrap_" + "x" * 5000, "do_remote_\ud800", "do_remote_\u65e5\x00\n"])
+async def test_names_of_fields_are_not_echoed_at_length(served: Served, name: str) -> None:
+    error = await served.refuses(CHAT, json.dumps(chat() | {name: 1}).encode())
+    assert error["param"].isascii() and len(error["param"]) < 200
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_echo_with_logprobs_is_refused(served: Served) -> None:
     await served.refuses(COMPLETIONS, json.dumps(completion(echo=True, logprobs=1)).encode())
 
