@@ -95,9 +95,9 @@ class Frames:
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
-        self.buffer.release()
-        self.epochs.release()
         try:
+            self.buffer.release()
+            self.epochs.release()
             self._memory.close()
         except BufferError:
             pass  # a tensor of the engine still lies over it
