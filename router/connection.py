@@ -18,6 +18,7 @@ EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 NO_CACHE = (b"cache-control", b"no-cache")
 NO_PROXY_BUFFER = (b"x-accel-buffering", b"no")
 ABORT = "baton.abort"  # the server's extension of the scope: cuts the connection without flushing it
+NOT_READING = "the client does not read"
 DRAIN_BODIES = 8  # how many times the limit is read and dropped, so that a client sees the 413 before a reset
 
 
@@ -33,7 +34,7 @@ class Connection:
         self._clock = clock
         self._extra: list[tuple[bytes, bytes]] = []
         self._left: str | None = None
-        self._started = self._streaming = self._unread = False
+        self._started = self._streaming = self._ended = self._unread = False
         self._writing_since: float | None = None
         self._owner: asyncio.Task[object] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -110,14 +111,19 @@ class Connection:
         since = self._writing_since
         waited_s = 0.0 if since is None else self._clock() - since
         if waited_s >= timeout_s:
-            self._leave("the client does not read")
-            if self._abort is not None:
-                self._abort()
+            self._leave(NOT_READING)
+            self._cut()
         else:
             self._timer = loop.call_later(timeout_s - waited_s, self._check_reading, loop)
 
+    def _cut(self) -> None:
+        """Without it a server would keep what is buffered until the client reads it, or for ever."""
+        if self._abort is not None:
+            self._abort()
+
     def _leave(self, why: str) -> None:
-        if self._left is None and self._owner is not None:
+        """Once the reply has ended, a disconnect is only the end of the connection."""
+        if self._left is None and self._owner is not None and not self._ended:
             self._left = why
             self._owner.cancel()
 
@@ -131,29 +137,43 @@ class Connection:
         self._writing_since = None
 
     async def end(self) -> None:
+        await self._flush()
+        self._ended = True
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _flush(self) -> None:
+        """Waits until the client has read most of what was written. Raises Cancelled when it does not."""
+        try:
+            async with asyncio.timeout(self._limits.send_timeout_s):
+                await self._send({"type": "http.response.body", "body": b"", "more_body": True})
+        except TimeoutError:
+            self._left = NOT_READING
+            self._cut()
+            raise Cancelled(self._left) from None
 
     async def reply(self, status: int, body: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
         """A whole JSON reply."""
         payload = body.encode()
         length = (b"content-length", str(len(payload)).encode())
         await self._start(status, [JSON, length, *(headers or [])])
-        self._writing_since = self._clock()
-        await self._send({"type": "http.response.body", "body": payload, "more_body": self._unread})
-        self._writing_since = None
+        await self._send({"type": "http.response.body", "body": payload, "more_body": True})
         if self._unread:
             await self._drain()
-            await self.end()
+        await self.end()
 
     async def fail(self, error: BatonError) -> None:
         """The error as a reply, or as the last event of a stream that has begun: never a silent end."""
-        if self._left is not None:
+        if self._left is not None or self._ended:
             return
-        if self._streaming:
-            await self.write(f"data: {error_body(error)}\n\n")
-            await self.end()
-        elif not self._started:
-            await self.reply(error.http_status, error_body(error), error_headers(error))
+        try:
+            if self._streaming:
+                await self._flush()
+                await self.write(f"data: {error_body(error)}\n\n")
+                await self.end()
+            elif not self._started:
+                await self.reply(error.http_status, error_body(error), error_headers(error))
+        except Cancelled:
+            pass  # it has left meanwhile
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._started = True

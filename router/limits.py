@@ -32,7 +32,8 @@ class ServedModel:
     vocab_size: int  # of the model: ids of a prompt are below it
     created: int  # Unix seconds, for /v1/models
     defaults: SamplingParams = field(default_factory=SamplingParams)  # for fields that a client leaves out
-    tenant_salt: bytes = b""
+    tenant_salt: bytes = b""  # at most 64 bytes: it keys the hash of a client's cache_salt
 
     def __post_init__(self) -> None:
         assert self.names, "a served model has a name"
+        assert len(self.tenant_salt) <= 64, len(self.tenant_salt)

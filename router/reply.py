@@ -29,7 +29,7 @@ class TokenText:
 
 @dataclass(slots=True)
 class Delta:
-    """What became certain of one choice: from a step, or all of it."""
+    """What one token made certain of its choice."""
 
     index: int
     text: str = ""

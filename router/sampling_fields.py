@@ -116,7 +116,7 @@ def salt_of(fields: Fields, tenant_salt: bytes) -> bytes:
         return tenant_salt
     if not client_salt:
         refuse("cache_salt", "must not be empty")
-    return hashlib.blake2b(client_salt.encode(), key=tenant_salt[:64], digest_size=16).digest()
+    return hashlib.blake2b(client_salt.encode(), key=tenant_salt, digest_size=16).digest()
 
 
 def stream_options(fields: Fields, stream: bool) -> tuple[bool, bool]:

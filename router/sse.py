@@ -1,8 +1,10 @@
 """How a call's steps reach the client: as events while they come, or as one reply at the end.
 
-data: {chunk}          for each token whose text is certain, and for each end of a choice
-data: {usage}          when stream_options.include_usage asks for it
-data: [DONE]           only after every choice has its finish reason; an error takes its place
+    data: {chunk}     for each token that makes text certain, and for each end of a choice
+    data: {usage}     when stream_options.include_usage asks for it
+    data: [DONE]      after every choice has its finish reason
+
+An error takes the place of [DONE]: a stream that was cut never looks like one that is whole.
 """
 
 from __future__ import annotations

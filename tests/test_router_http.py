@@ -132,25 +132,53 @@ async def test_leaving_cancels_every_prompt_of_a_call() -> None:
     assert generator.cancelled == 3
 
 
+async def deaf_client(port: int, body: dict[str, Any]) -> socket.socket:
+    """Sends a request, and reads nothing."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(connection, ("127.0.0.1", port))
+    await loop.sock_sendall(connection, raw_request(json.dumps(body).encode()))
+    return connection
+
+
+async def read_all(connection: socket.socket) -> bytes:
+    """What is still to be read after the server has cut the connection."""
+    parts = []
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(20):
+        while part := await loop.sock_recv(connection, 1 << 20):
+            parts.append(part)
+    connection.close()
+    return b"".join(parts)
+
+
 async def test_a_client_that_does_not_read_is_cut() -> None:
     generator = say(TOKENIZER, "some words " * 50, endless=True)
-    async with on_socket(front(TOKENIZER, generator, Limits(send_timeout_s=0.3))) as port:
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.setblocking(False)
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(connection, ("127.0.0.1", port))
-        await loop.sock_sendall(connection, raw_request(json.dumps(chat(stream=True, n=8)).encode()))
+    served = front(TOKENIZER, generator, Limits(send_timeout_s=0.3))
+    async with on_socket(served) as port:
+        connection = await deaf_client(port, chat(stream=True, n=8))
         await until(lambda: generator.running == 1)
         await until(lambda: generator.running == 0, seconds=20)
         assert generator.cancelled == 1
-        connection.setblocking(True)
-        connection.settimeout(5)
-        last = b""
-        while part := await asyncio.to_thread(connection.recv, 1 << 20):
-            last = part
-        assert not last.endswith(b"0\r\n\r\n"), "a cut stream looks like a whole one"
-        connection.close()
+        text = await read_all(connection)
+    assert text.startswith(b"HTTP/1.1 200") and not text.endswith(b"0\r\n\r\n"), "a cut stream looks whole"
+
+
+@pytest.mark.parametrize("fails_at", [None, 3000])
+async def test_neither_a_large_reply_nor_an_error_waits_for_ever(fails_at: int | None) -> None:
+    generator = say(TOKENIZER, "some words " * 3000)
+    if fails_at is not None:
+        generator.fails, generator.fails_at = NoCapacity("x"), fails_at
+    served = front(TOKENIZER, generator, Limits(send_timeout_s=0.3))
+    async with on_socket(served) as port:
+        fields: dict[str, Any] = {"stream": True} if fails_at else {"logprobs": True, "top_logprobs": 3}
+        connection = await deaf_client(port, chat(n=8, max_tokens=3500, **fields))
+        await until(lambda: "baton:requests_total{" in served.metrics.text(), seconds=30)
+        text = await read_all(connection)
+    assert 'outcome="ok"' not in served.metrics.text()
+    assert text.startswith(b"HTTP/1.1 200") and not text.endswith((b"0\r\n\r\n", b"}"))
 
 
 async def test_a_slow_reader_that_reads_gets_everything() -> None:
