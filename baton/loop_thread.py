@@ -26,7 +26,13 @@ class LoopThread:
         self._thread.start()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs it to its end on the loop. Ctrl-C cancels it there, waits for its clean-up, and goes on up."""
+        """Runs it to its end on the loop. Ctrl-C cancels it there, waits for its clean-up, and goes on up.
+
+        Raises RuntimeError after close.
+        """
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("it has been closed")
         ended = threading.Event()
         future = asyncio.run_coroutine_threadsafe(_then(work, ended), self._loop)
         try:

@@ -2,6 +2,10 @@
 
 import pytest
 
+from baton.quiet_threads import wait_asleep
+
+wait_asleep()  # before any test loads torch: on cores that others use too, threads that spin take twenty times as long
+
 DEFAULT_SEEDS = 50
 
 
