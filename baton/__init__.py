@@ -1,6 +1,6 @@
 """The front door of Baton: the command line, the launcher, and what a Python program imports from it.
 
-    from baton import LLM, SamplingParams
+from baton import LLM, SamplingParams
 """
 
 from __future__ import annotations

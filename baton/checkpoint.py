@@ -7,6 +7,7 @@ from pathlib import Path
 from core.errors import CheckpointError
 
 PATTERNS = ("*.json", "*.safetensors", "*.jinja")  # weights as safetensors only; nothing that could be code
+NOT_WANTED = ("*/*", "consolidated*")  # the same weights once more, in their makers' own format
 
 
 def locate(model: str) -> Path:
@@ -22,15 +23,27 @@ def locate(model: str) -> Path:
 
 
 def _download(model: str) -> Path:
-    """From the hub that HF_ENDPOINT names, into the cache that HF_HOME names."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """From the hub that HF_ENDPOINT names, into the cache that HF_HOME names; the cache alone if there is no hub."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    hub = constants.ENDPOINT
+    # The hub's library has changed its HTTP client with its major versions; its own error derives from that client's.
+    broken: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
     try:
-        return Path(snapshot_download(model, allow_patterns=list(PATTERNS)))
+        return Path(snapshot_download(model, allow_patterns=list(PATTERNS), ignore_patterns=list(NOT_WANTED)))
     except HFValidationError as error:
-        raise CheckpointError(f"{model}: neither a folder nor the id of a model: {error}") from error
+        raise CheckpointError(f"{model}: neither a folder nor the id of a model") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"{model}: no such folder, and no such model on {hub}, or a private one") from error
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{model}: not in the local cache, and the hub cannot be reached: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{model}: cannot be downloaded: {error}") from error
+        why = f"{hub} cannot be reached, or does not answer as a hub"
+        raise CheckpointError(f"{model}: no such folder, not in the local cache, and {why}") from error
+    except broken as error:
+        why = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{model}: the download from {hub} failed: {why}") from error

@@ -19,7 +19,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-import grpc.aio
 import setproctitle
 import uvloop
 
@@ -29,23 +28,19 @@ from baton.loaded_model import LoadedModel, PoolWish, load
 from baton.logs import set_up_logs
 from baton.options import WorkerOptions, add_options, from_args
 from baton.reports import Report, reporter
+from baton.worker_server import WorkerServer
 from core.clock import monotonic_s
 from core.errors import StartupError
 from core.messages import Role, WorkerId, WorkerInfo
 from engine.torch_executor import TorchExecutor
-from kvtransfer.client import HandoffDialer
 from kvtransfer.frames import Frames
-from kvtransfer.server import add_handoff_service
 from kvtransfer.shm import ShmTransport
-from session.desk import Desk
-from session.server import SERVER_OPTIONS, WorkerServicer, add_worker_service
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 SWEEP_S = 1.0
-STOP_S = 1.0  # open calls may end by themselves for so long
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,20 +142,9 @@ class WorkerProcess:
 
     async def _run(self, worker: Worker) -> int:
         """Serve until told to stop."""
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        desk = Desk(worker.tier, worker.outlet)
-        servicer = WorkerServicer(desk, monotonic_s, worker.metrics_text)
-        add_worker_service(server, servicer)
-        worker.tier.published = servicer.publish
-        dialer = None
-        if worker.receiver is not None:
-            worker.receiver.start(add_handoff_service(server, worker.receiver))
-        if worker.source is not None:
-            dialer = HandoffDialer(worker.source, worker.machine.random)
-            worker.source.start(dialer)
-        server.add_insecure_port(self._options.listen)
+        server = WorkerServer(worker, self._options.listen)
         engine = worker.start()
-        sweeping = asyncio.create_task(_every(SWEEP_S, desk.sweep), name="sweep")
+        sweeping = asyncio.create_task(_every(SWEEP_S, server.desk.sweep), name="sweep")
         stop = asyncio.create_task(self._stopping.wait())
         await server.start()
         self._report(Report("ready"))
@@ -173,9 +157,7 @@ class WorkerProcess:
             for task in (engine, stop, sweeping):
                 task.cancel()
             await asyncio.gather(engine, stop, sweeping, return_exceptions=True)
-            if dialer is not None:
-                await dialer.close()
-            await server.stop(STOP_S)
+            await server.close()
 
 
 def _report_end(engine: asyncio.Task[None]) -> int:

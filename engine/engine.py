@@ -160,11 +160,24 @@ class Engine:
         while True:
             self._wake.clear()
             self._pass_turns()
-            plan = self._policy.plan(self.view())
-            if await self.step(plan):
-                await self._sleep(plan.pause_s)  # 0: only let the other tasks of this thread run
-            else:
-                await self._wake.wait()
+            try:
+                plan = self._policy.plan(self.view())
+                if await self.step(plan):
+                    await self._sleep(plan.pause_s)  # 0: only let the other tasks of this thread run
+                    continue
+            except Exception:
+                log.exception("the step loop failed: every sequence ends with it, the worker goes on")
+                self._fail_all(EngineError("the engine failed: see the worker's log"))
+            await self._wake.wait()
+
+    def _fail_all(self, error: EngineError) -> None:
+        failed = tuple((sequence, error) for sequence in self._sequences.values())
+        for sequence, _ in failed:
+            self.remove(sequence)
+        for sequence in self._departing:
+            self._give_back(sequence)
+        self._departing.clear()
+        self._report(StepReport(failed=failed))
 
     def _pass_turns(self) -> None:
         for passed in self._turns:

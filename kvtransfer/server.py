@@ -79,6 +79,11 @@ class HandoffSessions(handoff_pb2_grpc.HandoffServicer):
         if line is not None:
             line.end()
 
+    def close(self) -> None:
+        """End every session, so that their calls return before the server stops."""
+        for line in self._lines.values():
+            line.end()
+
     # --- the service -----------------------------------------------------------------------------------------
 
     async def Session(

@@ -50,6 +50,10 @@ class Desk:
         if not cancel.choices:
             self._outlet.forget((cancel.request_id, cancel.attempt))
 
+    def end_all(self) -> None:
+        """Close every session: the worker stops, and routers hear it at once."""
+        self._outlet.end_all()
+
     def sweep(self) -> None:
         """Let go of what routers have left behind. Called about once a second."""
         for key in self._outlet.sweep():

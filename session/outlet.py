@@ -103,6 +103,11 @@ class Outlet:
             del self._routers[name]
         return [key for key, held in self._held.items() if held.router in gone and held.ended_s is None]
 
+    def end_all(self) -> None:
+        """Close every session: the worker stops."""
+        for queue in self._routers.values():
+            queue.end()
+
     # --- requests --------------------------------------------------------------------------------------------
 
     def hold(self, router: str, key: Key) -> bool:

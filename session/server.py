@@ -68,6 +68,7 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
         self._clock = clock
         self._metrics_text = metrics_text
         self._feeds: set[Feed] = set()
+        self._closing = asyncio.Event()
 
     async def Tokens(
         self, request_iterator: AsyncIterator[pb.ToWorker], context: ServerContext
@@ -90,7 +91,7 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
         feed = Feed(self._tier.page_snapshot(), self._clock)
         self._feeds.add(feed)
         try:
-            while True:
+            while not self._closing.is_set():
                 if feed.overflowed:
                     feed.replace(self._tier.page_snapshot())
                 for event in feed.due(self._tier.load()):
@@ -108,6 +109,11 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
 
     async def Metrics(self, request: pb.MetricsRequest, context: ServerContext) -> pb.MetricsReply:
         return pb.MetricsReply(text=self._metrics_text())
+
+    def close(self) -> None:
+        """End every stream, so that their calls return before the server stops."""
+        self._closing.set()
+        self._desk.end_all()
 
     def publish(self) -> None:
         """Give every feed what the prefix cache gained and lost. Called by the worker after each step."""

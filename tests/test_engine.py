@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 import pytest
 
+from core.errors import EngineError
 from core.hashing import root_hash
 from core.sampling import SamplingParams
 from decode_service.policy import DecodePolicy
 from engine.batch import Batch, RowResult
 from engine.engine import Engine, StepReport
 from engine.hashchain import LAYOUT, HashChainExecutor, reference_tokens
+from engine.policy import EngineView, Policy, StepPlan
 from engine.pool import PagePool
 from engine.sequence import Sequence
 
@@ -23,7 +25,7 @@ VOCABULARY = 997
 class Harness:
     """One engine on virtual seconds; collects what each choice got."""
 
-    def __init__(self, pages: int = 64, policy: DecodePolicy | None = None) -> None:
+    def __init__(self, pages: int = 64, policy: Policy | None = None) -> None:
         self.now_s = 0.0
         self.pool = PagePool(pages)
         frames = memoryview(bytearray(pages * LAYOUT.page_bytes))
@@ -181,8 +183,6 @@ async def test_engine_error_fails_the_step_and_the_loop_goes_on() -> None:
 
     def broken(batch: Batch) -> list[RowResult]:
         harness.executor.execute = real  # type: ignore[method-assign]
-        from core.errors import EngineError
-
         raise EngineError("device fell over")
 
     harness.executor.execute = broken  # type: ignore[method-assign]
@@ -193,4 +193,29 @@ async def test_engine_error_fails_the_step_and_the_loop_goes_on() -> None:
     harness.add("good", prompt, params)
     await harness.drain()
     assert harness.tokens == {("good", 0): reference_tokens(prompt, params, 1, 0, VOCABULARY)}
+    harness.check()
+
+
+class Forgetful(DecodePolicy):
+    """Makes a mistake at its third step."""
+
+    calls = 0
+
+    def plan(self, view: EngineView) -> StepPlan:
+        Forgetful.calls += 1
+        if Forgetful.calls == 3:
+            raise KeyError("a mistake of ours")
+        return super().plan(view)
+
+
+async def test_an_error_of_the_policy_fails_the_requests_and_not_the_loop() -> None:
+    harness = Harness(policy=Forgetful())
+    harness.add("bad", prompt_of(random.Random(1), 40), SamplingParams(max_tokens=5, temperature=0.0))
+    await harness.drain()
+    assert len(harness.failed) == 1
+    prompt = prompt_of(random.Random(2), 40)
+    params = SamplingParams(max_tokens=5, temperature=0.0)
+    harness.add("good", prompt, params)
+    await harness.drain()
+    assert harness.tokens["good", 0] == reference_tokens(prompt, params, 1, 0, VOCABULARY)
     harness.check()
