@@ -1,4 +1,4 @@
-"""`baton.LLM` on the model that comes with Baton: its answers are transformers' own, and its edges say what is wrong."""
+"""`baton.LLM` on the model that comes with Baton: its answers are those of transformers, its errors name the cause."""
 
 from __future__ import annotations
 
