@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from hub_stand_in import SHA, Hub, serving
 
 ROOT = Path(__file__).resolve().parent.parent
