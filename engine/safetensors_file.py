@@ -19,6 +19,7 @@ from core.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH_BYTES = 8
+_POPULATE_READ = 22  # MADV_POPULATE_READ of <linux/mman.h>, which the standard library does not name
 _DTYPES = MappingProxyType(
     {
         "F64": torch.float64,
@@ -79,6 +80,14 @@ class SafetensorsFile:
             raw = bytearray(self._map[entry.start : entry.end])
             return torch.frombuffer(raw, dtype=dtype).view(entry.shape)
         return torch.frombuffer(self._map, dtype=dtype, count=elements, offset=entry.start).view(entry.shape)
+
+    def read_ahead(self, entry: TensorEntry) -> None:
+        """Reads a tensor's bytes into the page cache and maps them, so that the first step does not wait for a disk."""
+        start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
+        try:
+            self._map.madvise(_POPULATE_READ, start, entry.end - start)
+        except OSError:  # before Linux 5.14: the tensor is read when it is first used
+            pass
 
     def forget(self, entry: TensorEntry) -> None:
         """Lets the system drop the pages behind a tensor from this process: they are read again if touched again."""

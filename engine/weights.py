@@ -110,6 +110,8 @@ def _tensors(
                 )
             tensor = tensor.to(dtype)
             file.forget(entry)
+        else:
+            file.read_ahead(entry)
         done += entry.end - entry.start
         if progress is not None:
             progress(done, total)
