@@ -31,6 +31,7 @@ from router.client import WorkerClient
 from router.metrics import RouterMetrics
 from router.saga import Saga
 from router.server import http_server
+from router.threshold import Threshold
 from router.tokenizer import load_tokenizer
 from router.workers import Workers
 
@@ -80,7 +81,7 @@ class RouterProcess:
         saga = Saga(
             self._workers,
             monotonic_s,
-            self._terms(),
+            self._threshold(),
             placement_wait_s=self._options.placement_wait_s,
             counters=metrics,
         )
@@ -106,9 +107,9 @@ class RouterProcess:
             await chores.stop()
             tokenizer.close()
 
-    def _terms(self) -> Terms:
-        threshold = self._options.local_prefill
-        return Terms() if threshold == "auto" else Terms(local_prefill_tokens=int(threshold))
+    def _threshold(self) -> Threshold:
+        asked = self._options.local_prefill
+        return Threshold(Terms(), auto=True) if asked == "auto" else Threshold(Terms(local_prefill_tokens=int(asked)))
 
     async def _say_ready(self, ready: Callable[[], None]) -> None:
         while len(self._workers.infos()) < len(self._clients):

@@ -64,8 +64,12 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Its next row is one new token, not a part of its prompt."""
-        return self.status is Status.RUNNING and self.uncomputed == 1 and self.output_tokens > 0
+        """Its next row is one new token, not a part of its prompt.
+
+        A replay that is prefilled for a hand-off never is, though its last id may be an output.
+        """
+        goes_on = self.status is Status.RUNNING and not self.single_step
+        return goes_on and self.uncomputed == 1 and self.output_tokens > 0
 
     def full_hashes(self, page_size: int) -> list[bytes]:
         """Block hashes of every full page of the ids so far."""

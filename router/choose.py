@@ -43,7 +43,7 @@ class Need:
 class Terms:
     """The numbers of the cost, measured or configured."""
 
-    local_prefill_tokens: int = 128  # fewer uncached tokens than this are prefilled on D
+    local_prefill_tokens: int = 128  # fewer uncached tokens than this are prefilled on D; see router.threshold
     prefill_tokens_per_s: float = 1000.0  # until a worker has reported its own
     transfer_tokens_per_s: float = 50_000.0
     batch_row_s: float = 0.002  # what one more sequence does to the others of its batch

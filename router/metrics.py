@@ -59,7 +59,8 @@ class RouterMetrics:
         self._outcomes = Counter("baton:requests", "Calls by how they ended.", ["outcome"], registry=self.registry)
         self._retries = Counter("baton:retries", "Attempts after the first.", ["reason"], registry=self.registry)
         self._replays = Counter("baton:replays", "Attempts that went on mid-stream.", registry=self.registry)
-        self._local = Counter("baton:local_prefills", "Prompts given to decode alone.", registry=self.registry)
+        placements = Counter("baton:placements", "Attempts by who prefills.", ["prefill"], registry=self.registry)
+        self._placed_local, self._placed_remote = placements.labels("local"), placements.labels("remote")
 
     def _histogram(self, name: str, help_text: str, bounds: Sequence[float]) -> Histogram:
         histogram = Histogram(f"vllm:{name}", help_text, self._labels, bounds)
@@ -86,8 +87,7 @@ class RouterMetrics:
         self._replays.inc()
 
     def placed(self, local: bool) -> None:
-        if local:
-            self._local.inc()
+        (self._placed_local if local else self._placed_remote).inc()
 
     def count_outcome(self, outcome: str) -> None:
         """`outcome` is "ok" or the code of a core error: a closed set."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -28,11 +29,12 @@ from core.errors import (
     WorkerLost,
     leaves,
 )
-from core.messages import Cancel, Peer, RequestFailed, Submit, WorkerId
-from router.choose import Need, Placement, Terms, choose
+from core.messages import Cancel, Peer, RequestFailed, Submit, Tokens, WorkerId
+from router.choose import Need, Placement, choose
 from router.generation import GenerationRequest, Step
 from router.progress import Progress
 from router.retries import MAX_REPLAYS, POISON_WORKERS, PairHealth, RetryBudget
+from router.threshold import Threshold
 from router.workers import Inbox, Lost, Message, Workers
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class _Run:
     excluded: set[WorkerId] = field(default_factory=set)
     local_refused: bool = False
     decode_spoke: bool = False
+    submitted_s: float = 0.0
 
 
 class Counters(Protocol):
@@ -87,14 +90,14 @@ class Saga:
         self,
         workers: Workers,
         clock: Clock,
-        terms: Terms,
+        threshold: Threshold,
         *,
         placement_wait_s: float = 15.0,
         counters: Counters | None = None,
     ) -> None:
         self._workers = workers
         self._clock = clock
-        self._terms = terms
+        self._threshold = threshold
         self._placement_wait_s = placement_wait_s
         self._counters = counters or NoCounters()
         self._budget = RetryBudget()
@@ -111,8 +114,9 @@ class Saga:
             while not progress.is_done:
                 try:
                     run.placement = await self._place(run)
-                    async for step in self._attempt(run, run.placement):
-                        yield step
+                    async with aclosing(self._attempt(run, run.placement)) as steps:
+                        async for step in steps:
+                            yield step
                 except BatonError as error:
                     self._judge(run, error)
         finally:
@@ -155,14 +159,16 @@ class Saga:
             run.local_refused,
         )
         candidates = self._workers.candidates(request.prompt_ids, request.salt)
-        return choose(candidates, need, self._terms) or choose(
-            candidates, replace(need, excluded=frozenset()), self._terms
-        )
+        terms = self._threshold.terms()
+        # Whoever has failed it is better than nobody: a lone pair is tried again within the retry budget.
+        anybody = replace(need, excluded=frozenset(), shunned=frozenset())
+        return choose(candidates, need, terms) or choose(candidates, anybody, terms)
 
-    async def _attempt(self, run: _Run, placement: Placement) -> AsyncIterator[Step]:
+    async def _attempt(self, run: _Run, placement: Placement) -> AsyncGenerator[Step, None]:
         """Submit to the pair and follow its tokens. Raises what made it fail."""
         run.attempt += 1
         run.decode_spoke = False
+        run.submitted_s = self._clock()
         pair = (placement.decode,) if placement.prefill is None else (placement.decode, placement.prefill)
         inbox = self._workers.open(run.request.request_id, run.attempt, pair, run.progress.next_index)
         self._submit(run, placement)
@@ -214,9 +220,19 @@ class Saga:
             if worker == run.placement.prefill and run.decode_spoke:
                 return None
             raise _error_of(message)
-        run.decode_spoke |= worker == run.placement.decode
+        if worker == run.placement.decode and not run.decode_spoke:
+            run.decode_spoke = True
+            self._observe(run, message)
         tokens = run.progress.accept(message)
         return Step(tokens, message.receipt) if tokens or message.receipt else None
+
+    def _observe(self, run: _Run, first: Tokens) -> None:
+        """What the hand-off cost, for the threshold below which there is none."""
+        assert run.placement is not None
+        if run.placement.prefill is not None and first.receipt is not None:
+            rate = self._workers.prefill_rate(run.placement.prefill)
+            took_s = self._clock() - run.submitted_s
+            self._threshold.observe(took_s, first.receipt.queue_s, first.receipt.computed_tokens, rate)
 
     # --- after a failure ---------------------------------------------------------------------------------------
 

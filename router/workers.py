@@ -151,6 +151,11 @@ class Workers:
         """Raises WorkerLost."""
         return self._known(worker).info
 
+    def prefill_rate(self, worker: WorkerId) -> float:
+        """Tokens per second, as it reports; 0: unknown."""
+        known = self._workers.get(worker)
+        return known.load.prefill_tokens_per_s if known is not None else 0.0
+
     def candidates(self, prompt_ids: tuple[int, ...], salt: bytes) -> list[Candidate]:
         """Every worker with what it has of this prompt. Workers of one model share the hashes."""
         hashes: dict[tuple[str, int], list[bytes]] = {}

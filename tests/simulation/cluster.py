@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from baton.composition import Limits, Machine, Model, Worker
 from baton.memory_link import MemoryLink
+from core.layout import PageLayout
 from core.messages import Role, WorkerId, WorkerInfo
 from core.sampling import SamplingParams
-from engine.batch import Batch, RowResult
+from engine.batch import Batch, Executor, RowResult
 from engine.hashchain import LAYOUT, HashChainExecutor
 from kvtransfer.frames import Frames
 from kvtransfer.memory import CALM, MemoryFabric, MemoryTransport, Mischief
@@ -19,12 +21,26 @@ from kvtransfer.session_memory import MemoryNetwork, Weather
 from router.choose import Terms
 from router.generation import GenerationRequest, Step
 from router.saga import Saga
+from router.threshold import Threshold
 from router.workers import Workers
 from session.desk import Desk
 
 VOCABULARY = 997
-MODEL = Model("hash-chain", VOCABULARY, 2048, ())
 NOTICED_S = 1.0  # a killed worker's session is not resumed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """What the workers run: the hash chain, or a real model in torch."""
+
+    model: Model
+    layout: PageLayout
+    executor: Callable[[memoryview], Executor]
+
+
+HASH_CHAIN = EngineKind(
+    Model("hash-chain", VOCABULARY, 2048, ()), LAYOUT, lambda frames: HashChainExecutor(frames, VOCABULARY)
+)
 
 
 class SimWorker:
@@ -41,11 +57,12 @@ class SimWorker:
 
     async def start(self) -> None:
         cluster, loop = self.cluster, asyncio.get_running_loop()
-        self.frames = Frames.anonymous(LAYOUT, cluster.pages)
+        kind = cluster.engine
+        self.frames = Frames.anonymous(kind.layout, cluster.pages)
         cluster.fabric.join(self.id, self.frames)
         transport = MemoryTransport(self.id, cluster.fabric)
         machine = Machine(
-            executor=HashChainExecutor(self.frames.buffer, VOCABULARY),
+            executor=kind.executor(self.frames.buffer),
             frames=self.frames,
             transport=transport,
             descriptor=await transport.serve(self.frames),
@@ -55,10 +72,16 @@ class SimWorker:
             offload=_inline,
         )
         info = WorkerInfo(
-            self.id, self._role, MODEL.identity, LAYOUT.digest(), LAYOUT.page_size, cluster.pages,
-            MODEL.max_context_tokens, self.id.name,
-        )  # fmt: skip
-        self.worker = Worker(info, MODEL, cluster.limits, machine, "sim")
+            worker=self.id,
+            role=self._role,
+            identity=kind.model.identity,
+            layout=kind.layout.digest(),
+            page_size=kind.layout.page_size,
+            pages_total=cluster.pages,
+            max_context_tokens=kind.model.max_context_tokens,
+            handoff_endpoint=self.id.name,
+        )
+        self.worker = Worker(info, kind.model, cluster.limits, machine, "sim")
         if self.worker.source is not None:
             self.worker.source.start(cluster.network.add_source(self.worker.source))
         if self.worker.receiver is not None:
@@ -130,16 +153,19 @@ class SimCluster:
         weather: Weather | None = None,
         mischief: Mischief = CALM,
         limits: Limits | None = None,
+        local_prefill_tokens: int = 32,
+        engine: EngineKind | None = None,
     ) -> None:
         self.random = Random(seed)
         self.pages = pages
+        self.engine = engine or HASH_CHAIN
         self.limits = limits or Limits(step_tokens=64)
         self.network = MemoryNetwork(Random(seed + 1), weather)
         self.fabric = MemoryFabric(Random(seed + 2), mischief)
         clock = asyncio.get_running_loop().time
         self.workers = Workers(clock)
-        terms = Terms(local_prefill_tokens=32)
-        self.saga = Saga(self.workers, clock, terms, placement_wait_s=8.0)
+        threshold = Threshold(Terms(local_prefill_tokens=local_prefill_tokens))
+        self.saga = Saga(self.workers, clock, threshold, placement_wait_s=8.0)
         self._incarnation = 0
         self.alive: dict[str, SimWorker] = {}
         self._roles = {f"prefill-{i}": Role.PREFILL for i in range(prefill)}

@@ -137,7 +137,7 @@ async def _random_faults(seed: int) -> Tally:
 
 
 async def _late_request(cluster: SimCluster, rng: Random, number: int) -> str:
-    prompt = prompt_of(rng, rng.choice([5, 40, 150, 300]))
+    prompt = prompt_of(rng, rng.choice([5, 16, 40, 64, 150, 300]))
     params = SamplingParams(
         max_tokens=rng.randrange(1, 60), n=rng.choice([1, 1, 2]), temperature=rng.choice([0.0, 1.0]), seed=number
     )
