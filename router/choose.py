@@ -67,8 +67,10 @@ def choose(candidates: Sequence[Candidate], need: Need, terms: Terms) -> Placeme
         if decode.info.role is not Role.DECODE:
             continue
         if not need.local_refused and need.prompt_tokens - decode.cached_tokens < terms.local_prefill_tokens:
-            options.append(_local(decode, need, terms))
-        options += [_pair(p, decode, need, terms) for p in prefills if (p.worker, decode.worker) not in need.shunned]
+            options.append(_local(decode, need, terms))  # by rule: a D that never prefilled has no rate to compare
+        else:
+            pairs = [p for p in prefills if (p.worker, decode.worker) not in need.shunned]
+            options += [_pair(p, decode, need, terms) for p in pairs]
     return min(options, key=lambda option: (option.cost_s, str(option.decode), str(option.prefill)), default=None)
 
 
