@@ -86,8 +86,8 @@ class SampledToken:
 class RowResult:
     """`sampled[c]` belongs to `row.sample.choices[c]`; empty for a row without a sample.
 
-    A row with `verify_tokens` k > 1 has one choice: `sampled[i]` is what follows the i-th of its last k positions, given
-    the ids before it. Its `history` includes the row's ids.
+    A row with `verify_tokens` k > 1 has one choice: `sampled[i]` is what follows the i-th of its last k positions,
+    given the ids before it. Its `history` includes the row's ids.
 
     `error` is set when this row could not be computed though its neighbours could: the error of that request.
     """

@@ -3,8 +3,8 @@
     x [T, I], weight [O, I], bias [O] or None  →  [T, O]
 
 float32 and bfloat16 go to the library. float16 on a CPU does not: without half-precision arithmetic its products are
-at least 4 times slower than float32's and may be summed in half. There the weight is widened block by block into a buffer
-that stays in the cache, multiplied in float32, and the result rounded to float16.
+at least 4 times slower than float32's and may be summed in half. There the weight is widened block by block into a
+buffer that stays in the cache, multiplied in float32, and the result rounded to float16.
 """
 
 from __future__ import annotations
