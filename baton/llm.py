@@ -8,6 +8,7 @@ with LLM("models/baton-tiny") as llm:
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -66,7 +67,8 @@ class LLM:
         engine = LocalEngine(load_with_bar(checkpoint, wish, progress), wish)
         self._loop = LoopThread("baton-llm")
         self._stack = AsyncExitStack()
-        self._completer = Completer(self._prompts, self._loop.call(self._stack.enter_async_context(engine)))
+        generator = self._loop.call(self._stack.enter_async_context(engine))
+        self._completer: Completer | None = Completer(self._prompts, generator)  # None: closed
         self._close = weakref.finalize(self, _close, self._loop, self._stack, self._prompts)
 
     def generate(
@@ -101,7 +103,9 @@ class LLM:
 
     def close(self) -> None:
         """Ends the engine and gives its memory back. A second call does nothing."""
+        self._completer = None  # the last to hold the pool and the weights
         self._close()
+        gc.collect()  # a worker's parts hold each other, and a pool is too large to wait for the collector
 
     def __enter__(self) -> LLM:
         return self
@@ -132,9 +136,11 @@ class LLM:
 
     async def _run(self, calls: Sequence[Call], progress: bool) -> list[RequestOutput]:
         """Checks all of them before the first runs."""
-        prepared = [await self._completer.prepare(call) for call in calls]
+        completer = self._completer
+        assert completer is not None, "the loop refuses work after close"
+        prepared = [await completer.prepare(call) for call in calls]
         async with _bar(len(calls), progress) as bar:
-            tasks = [asyncio.create_task(self._complete(item, bar)) for item in prepared]
+            tasks = [asyncio.create_task(_complete(completer, item, bar)) for item in prepared]
             try:
                 return list(await asyncio.gather(*tasks))
             finally:  # one has failed, or all are cancelled: nothing runs on
@@ -142,10 +148,11 @@ class LLM:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _complete(self, prepared: Prepared, bar: tqdm[Any]) -> RequestOutput:
-        output = await self._completer.complete(prepared)
-        bar.update()
-        return output
+
+async def _complete(completer: Completer, prepared: Prepared, bar: tqdm[Any]) -> RequestOutput:
+    output = await completer.complete(prepared)
+    bar.update()
+    return output
 
 
 @asynccontextmanager
