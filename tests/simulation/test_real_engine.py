@@ -33,7 +33,7 @@ def real() -> EngineKind:
     model = load_model(CHECKPOINT, "float32")
     layout = page_layout(config, 16, "float32")
     facts = Model("tiny", config.vocab_size, 1024, config.eos_ids)
-    return EngineKind(facts, layout, lambda frames: TorchExecutor(model, layout, frames, threads=2))
+    return EngineKind(facts, layout, lambda frames: TorchExecutor(model, layout, frames, threads=1))
 
 
 def params_of(temperature: float, n: int = 1) -> SamplingParams:
@@ -164,7 +164,7 @@ def test_pages_handed_off_in_16_bits_are_identical() -> None:
     model = load_model(CHECKPOINT, "bfloat16")
     layout = page_layout(config, 16, "bfloat16")
     facts = Model("tiny-bf16", config.vocab_size, 1024, config.eos_ids)
-    kind = EngineKind(facts, layout, lambda frames: TorchExecutor(model, layout, frames, threads=2))
+    kind = EngineKind(facts, layout, lambda frames: TorchExecutor(model, layout, frames, threads=1))
 
     async def main() -> int:
         cluster = SimCluster(1, engine=kind, prefill=1, decode=1, local_prefill_tokens=0)

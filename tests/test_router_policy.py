@@ -1,0 +1,151 @@
+"""The router's pure parts: which workers are chosen, what an index says, what is emitted, how much may be retried."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.messages import FinishReason, Load, PagesChanged, Role, Token, Tokens, WorkerId, WorkerInfo
+from router.choose import Candidate, Need, Terms, choose
+from router.index import PrefixIndex
+from router.progress import Progress
+from router.retries import PairHealth, RetryBudget
+from router.threshold import LEAST_TOKENS, MOST_TOKENS, Threshold
+
+RATE = 1000.0
+
+
+def worker(name: str, role: Role, cached_tokens: int = 0, **load: object) -> Candidate:
+    info = WorkerInfo(WorkerId(name, 1), role, "model", "layout", 16, 1000, 4096, name)
+    return Candidate(info, Load(prefill_tokens_per_s=RATE, pages={"free": 900}, **load), cached_tokens)  # type: ignore[arg-type]
+
+
+def names(placement: object) -> tuple[str | None, str | None]:
+    prefill, decode = placement.prefill, placement.decode  # type: ignore[attr-defined]
+    return (prefill.name if prefill else None), decode.name
+
+
+P0, P1 = worker("p0", Role.PREFILL), worker("p1", Role.PREFILL, waiting_tokens=5000)
+D0, D1 = worker("d0", Role.DECODE), worker("d1", Role.DECODE, running_requests=20)
+
+
+class TestChoose:
+    def test_long_prompts_go_to_the_least_loaded_pair(self) -> None:
+        assert names(choose([P1, P0, D1, D0], Need(1000, 10), Terms())) == ("p0", "d0")
+
+    def test_short_and_cached_prompts_stay_on_decode(self) -> None:
+        assert names(choose([P0, D0], Need(127, 10), Terms())) == (None, "d0")
+        assert names(choose([P0, D0], Need(128, 10), Terms())) == ("p0", "d0")
+        cached = worker("d0", Role.DECODE, cached_tokens=960)
+        assert names(choose([P0, cached], Need(1000, 10), Terms())) == (None, "d0")
+
+    def test_a_cached_prefix_is_worth_a_queue(self) -> None:
+        knows = worker("p1", Role.PREFILL, cached_tokens=900, waiting_tokens=500)
+        assert names(choose([P0, knows, D0], Need(1000, 10), Terms())) == ("p1", "d0")
+
+    def test_failed_shunned_and_draining_are_avoided(self) -> None:
+        other = worker("p1", Role.PREFILL)
+        need = Need(1000, 10, excluded=frozenset({P0.worker}))
+        assert names(choose([P0, other, D0], need, Terms())) == ("p1", "d0")
+        need = Need(1000, 10, shunned=frozenset({(P0.worker, D0.worker)}))
+        assert names(choose([P0, other, D0], need, Terms())) == ("p1", "d0")
+        draining = worker("d0", Role.DECODE, draining=True)
+        assert names(choose([P0, draining, D1], Need(1000, 10), Terms())) == ("p0", "d1")
+
+    def test_nobody_is_none(self) -> None:
+        assert choose([], Need(10, 10), Terms()) is None
+        assert choose([D0], Need(1000, 10), Terms()) is None, "a long prompt waits for a prefill worker"
+        assert choose([P0], Need(10, 10), Terms()) is None
+
+    def test_what_was_sent_since_the_last_report_counts(self) -> None:
+        busy = Candidate(P0.info, P0.load, 0, unreported_tokens=4000)
+        idle = worker("p9", Role.PREFILL, waiting_tokens=100)
+        assert names(choose([busy, idle, D0], Need(1000, 10), Terms())) == ("p9", "d0")
+
+    def test_a_full_pool_is_the_last_resort(self) -> None:
+        full = Candidate(D0.info, Load(prefill_tokens_per_s=RATE, pages={"owned": 1000}), 0)
+        assert names(choose([P0, full, D1], Need(1000, 10), Terms())) == ("p0", "d1")
+
+    def test_aggregated_workers_need_no_pair(self) -> None:
+        one, other = worker("w0", Role.AGGREGATED, waiting_tokens=900), worker("w1", Role.AGGREGATED)
+        assert names(choose([one, other], Need(1000, 10), Terms())) == (None, "w1")
+
+
+class TestThreshold:
+    def test_auto_measures_what_a_handoff_costs(self) -> None:
+        threshold = Threshold(Terms(), auto=True)
+        assert threshold.terms().local_prefill_tokens == 128, "until something is measured"
+        for _ in range(100):
+            threshold.observe(first_token_s=1.3, queue_s=0.0, computed_tokens=1000, rate=RATE)
+        assert threshold.terms().local_prefill_tokens == 300
+
+    def test_auto_stays_within_bounds(self) -> None:
+        for took_s, bound in ((0.5, LEAST_TOKENS), (1000.0, MOST_TOKENS)):
+            threshold = Threshold(Terms(), auto=True)
+            threshold.observe(first_token_s=took_s, queue_s=0.0, computed_tokens=1000, rate=RATE)
+            assert threshold.terms().local_prefill_tokens == bound
+
+    def test_a_configured_number_stands(self) -> None:
+        threshold = Threshold(Terms(local_prefill_tokens=77))
+        threshold.observe(first_token_s=5.0, queue_s=0.0, computed_tokens=10, rate=RATE)
+        assert threshold.terms().local_prefill_tokens == 77
+
+
+BLOCKS = [bytes([i]) * 16 for i in range(20)]
+
+
+class TestIndex:
+    def test_a_gap_degrades_until_a_snapshot(self) -> None:
+        index = PrefixIndex()
+        assert index.apply(PagesChanged(0, (), snapshot=True))
+        assert index.apply(PagesChanged(1, tuple(BLOCKS[:3])))
+        assert not index.apply(PagesChanged(3, tuple(BLOCKS[3:5])))
+        assert index.degraded
+        assert index.match(BLOCKS) == 3
+        assert index.apply(PagesChanged(4, tuple(BLOCKS[:5]), snapshot=True))
+        assert (index.degraded, index.match(BLOCKS)) == (False, 5)
+
+    @given(st.lists(st.tuples(st.sets(st.sampled_from(BLOCKS)), st.sets(st.sampled_from(BLOCKS)))))
+    def test_it_holds_what_was_stored_and_not_removed(self, changes: list[tuple[set[bytes], set[bytes]]]) -> None:
+        index, held = PrefixIndex(), set[bytes]()
+        index.apply(PagesChanged(0, (), snapshot=True))
+        for number, (stored, removed) in enumerate(changes, 1):
+            index.apply(PagesChanged(number, tuple(stored), tuple(removed)))
+            held = (held | stored) - removed
+        present = [block in held for block in BLOCKS]
+        assert index.match(BLOCKS) == (present.index(False) if False in present else len(BLOCKS))
+
+
+class TestProgress:
+    @given(st.permutations(list(range(8))), st.integers(0, 7))
+    def test_each_index_once_and_in_order(self, order: list[int], repeat: int) -> None:
+        """Messages in any order, repeated; what a resumed session brings again fills the gaps."""
+        progress, emitted = Progress(1, 8), []
+        tokens = [Token(0, i, 100 + i, finish=FinishReason.LENGTH if i == 7 else None) for i in range(8)]
+        for i in [*order, *order[repeat:], *range(8)]:
+            emitted += progress.accept(Tokens("r", 1, (tokens[i],)))
+        assert [token.token_id for token in emitted] == [100 + i for i in range(8)]
+        assert progress.is_done
+
+    def test_nothing_follows_a_finish(self) -> None:
+        progress = Progress(2, 10)
+        progress.finish(0)
+        fresh = progress.accept(Tokens("r", 1, (Token(0, 0, 5), Token(1, 0, 6), Token(7, 0, 1))))
+        assert [token.choice for token in fresh] == [1]
+        assert (progress.finished, progress.next_index(), progress.is_done) == ((0,), [0, 1], False)
+
+
+class TestRetries:
+    def test_retries_are_a_fifth_of_the_load(self) -> None:
+        budget = RetryBudget(level=0.0)
+        for _ in range(100):
+            budget.offered()
+        assert sum(budget.take() for _ in range(100)) in (19, 20)
+
+    def test_a_pair_is_shunned_for_a_while(self) -> None:
+        health, pair = PairHealth(shun_s=10.0, failures=2), (P0.worker, D0.worker)
+        health.failed(pair, 0.0)
+        assert health.shunned(0.1) == frozenset()
+        health.failed(pair, 1.0)
+        assert health.shunned(1.1) == {pair}
+        assert health.shunned(10.5) == frozenset()
