@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
             return runner.run(WorkerProcess(options, report).serve())
     except StartupError as error:
         report(Report("failed", message=error.message, exit_code=error.exit_code))
-        raise
+        if options.report_fd < 0:
+            raise
+        return error.exit_code  # the launcher has the message, and says it once
 
 
 class WorkerProcess:

@@ -18,6 +18,7 @@ from core.clock import Clock
 from core.messages import RequestFailed, Token, TokenBatch, Tokens
 
 Key = tuple[str, int]  # request id, attempt
+RESUMED_ITEMS = 256  # of one message: with 20 likely ids each they stay well below a message's limit
 
 
 @dataclass(slots=True)
@@ -57,7 +58,7 @@ class Outlet:
     """Owned by the event loop's thread."""
 
     def __init__(
-        self, clock: Clock, *, queue_messages: int = 256, grace_s: float = 5.0, linger_s: float = 10.0
+        self, clock: Clock, *, queue_messages: int = 1024, grace_s: float = 5.0, linger_s: float = 10.0
     ) -> None:
         self._clock = clock
         self._queue_messages = queue_messages
@@ -76,10 +77,12 @@ class Outlet:
         older = self._routers.get(router)
         if older is not None and older.lost_s is None:
             older.end()
-        queue = self._routers[router] = RouterQueue(asyncio.Queue(self._queue_messages))
+        missing = [message for key, next_index in resume.items() for message in self._missing(key, next_index)]
+        # What it lacks comes on top of the bound: a resumption that overflowed would end, and begin, for ever.
+        queue = self._routers[router] = RouterQueue(asyncio.Queue(self._queue_messages + len(missing)))
         held = [key for key, item in self._held.items() if item.router == router]
-        for key, next_index in resume.items():
-            self._resume(queue, key, next_index)
+        for message in missing:
+            queue.put(message)
         return queue, [key for key in held if key not in resume and self._held[key].ended_s is None]
 
     def close(self, router: str, queue: RouterQueue) -> None:
@@ -154,17 +157,16 @@ class Outlet:
         if queue is not None:
             queue.put(message)
 
-    def _resume(self, queue: RouterQueue, key: Key, next_index: tuple[int, ...]) -> None:
-        """Send again from the index that the router lacks, per choice."""
+    def _missing(self, key: Key, next_index: tuple[int, ...]) -> list[TokenBatch | RequestFailed]:
+        """What a router lacks of one attempt, from these indices on, in messages of bounded size."""
         held = self._held.get(key)
         if held is None:
-            queue.put(RequestFailed(*key, code="worker_lost", message="this worker does not know the request"))
-            return
-        missing = [part for item in held.tokens if (part := _after(item, next_index)) is not None]
-        if missing:
-            queue.put(TokenBatch(tuple(missing)))
-        if held.failed is not None:
-            queue.put(held.failed)
+            return [RequestFailed(*key, code="worker_lost", message="this worker does not know the request")]
+        items = [part for item in held.tokens if (part := _after(item, next_index)) is not None]
+        starts = range(0, len(items), RESUMED_ITEMS)
+        messages: list[TokenBatch | RequestFailed]
+        messages = [TokenBatch(tuple(items[at : at + RESUMED_ITEMS])) for at in starts]
+        return messages if held.failed is None else [*messages, held.failed]
 
 
 def _after(item: Tokens, next_index: tuple[int, ...]) -> Tokens | None:

@@ -123,6 +123,15 @@ class TestOutlet:
         (batch,) = self.drain(again)
         assert [t.index for item in batch.items for t in item.tokens] == [0, 1, 2, 3, 4]  # type: ignore[attr-defined]
 
+    async def test_more_to_resume_than_the_queue_holds(self) -> None:
+        queue, _ = self.outlet.open("a", {})
+        for number in range(50):
+            self.outlet.hold("a", (f"r{number}", 1))
+        self.outlet.close("a", queue)
+        self.outlet.send([Tokens(f"r{number}", 1, (Token(0, 0, 1),)) for number in range(50)])
+        again, _ = self.outlet.open("a", {(f"r{number}", 1): (0,) for number in range(50)})
+        assert len(self.drain(again)) == 50
+
     async def test_a_router_that_stays_away_leaves_its_requests_to_be_cancelled(self) -> None:
         queue, _ = self.outlet.open("a", {})
         self.outlet.hold("a", ("r", 1))
