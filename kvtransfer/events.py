@@ -110,10 +110,9 @@ class AskAgain:
 
 @dataclass(frozen=True, slots=True)
 class DrainDone:
-    """Nothing of ours writes under this hand-off's stream."""
+    """Nothing that was under way when it was asked for goes on."""
 
-    key: HandoffKey
-    peer: WorkerId
+    drain: Drain
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +209,7 @@ class Drain:
     key: HandoffKey
     peer: WorkerId
     stream: int
+    number: int  # tells one from another of the same hand-off
 
 
 @dataclass(frozen=True, slots=True)

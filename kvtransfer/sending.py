@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from core.errors import BatonError, DeadlineExceeded, NoCapacity
 from core.messages import WorkerId
-from kvtransfer.events import Seal
+from kvtransfer.events import Drain, Seal
 from kvtransfer.messages import HandoffKey, Next, PageEntry, Ready, Sealed
 from kvtransfer.outbox import Outbox
 from kvtransfer.places import FilledPage
@@ -34,7 +34,8 @@ class Sending:
     said_s: float = 0.0
     stream: int = 0
     answered: bool = False  # the receiver has said that it is over, or never will
-    drained: bool = False
+    draining: Drain | None = None  # the last one asked for
+    drained: bool = False  # and it is done
 
     @property
     def ended(self) -> bool:

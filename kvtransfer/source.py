@@ -51,6 +51,7 @@ class SourceEnd:
         self._sending: dict[HandoffKey, Sending] = {}
         self._sealed_pages = 0
         self._renewals = 0
+        self._drains = 0
         self._now_s = 0.0
         self._effects: list[e.SourceEffect] = []
 
@@ -86,7 +87,7 @@ class SourceEnd:
             case e.AskAgain():
                 self._ask_again(event)
             case e.DrainDone():
-                self._drain_done(event)
+                self._drain_done(event.drain)
             case e.SessionUp():
                 self._session_up(event.peer)
             case e.SessionDown():
@@ -218,20 +219,23 @@ class SourceEnd:
             self._closed(peer, record, message)
         elif record is not None and isinstance(message, Busy):
             self._busy(record, message)
-        elif record is not None and isinstance(message, Fetch):
+        elif record is not None and isinstance(message, Fetch) and not record.ended:
             record.stream = message.stream
             if record.outbox.heard(message.acked):
                 record.moved_s = self._now_s
 
     def _closed(self, peer: WorkerId, record: Sending | None, message: Close | Refused) -> None:
         if record is None:  # our Drained was lost, or we never heard of it: either way nothing may move any more
-            self._effects.append(e.Drain(message.key, peer, message.stream))
+            self._effects.append(e.Drain(message.key, peer, message.stream, 0))
+            return
+        if record.ended:
+            if not record.answered:  # the receiver may have posted fetches after our first drain, and now will not
+                record.answered = True
+                record.stream = message.stream or record.stream
+                self._drain(record)
             return
         record.stream = message.stream or record.stream
-        if record.ended:
-            record.answered = True
-            self._bury_if_over(record)
-        elif isinstance(message, Refused) or message.outcome is not State.COMMITTED:
+        if isinstance(message, Refused) or message.outcome is not State.COMMITTED:
             error = leaves().get(message.code, HandoffError)(message.message)
             self._end(record, State.ABORTED, error, answered=True)
         elif record.state is State.SEALED:
@@ -265,14 +269,20 @@ class SourceEnd:
         if not answered:
             self._say_surely(record, Failed(record.key, 0, code, str(error)))
         if drain:
-            self._effects.append(e.Drain(record.key, record.peer, record.stream))
+            self._drain(record)
         self._effects.append(e.Closed(record.key, outcome, error))
 
-    def _drain_done(self, event: e.DrainDone) -> None:
-        record = self._sending.get(event.key)
+    def _drain(self, record: Sending) -> None:
+        self._drains += 1
+        record.drained = False
+        record.draining = e.Drain(record.key, record.peer, record.stream, self._drains)
+        self._effects.append(record.draining)
+
+    def _drain_done(self, drain: e.Drain) -> None:
+        record = self._sending.get(drain.key)
         if record is None:
-            self._say(event.peer, Drained(event.key, 0))
-        elif record.ended and record.peer == event.peer:
+            self._say(drain.peer, Drained(drain.key, 0))
+        elif record.draining == drain:
             record.let_go(self._pages)
             self._bury_if_over(record)
 

@@ -216,7 +216,7 @@ class HandoffSource:
 
     async def _drain(self, effect: e.Drain) -> None:
         await self._transport.drain(effect.peer, effect.stream)
-        self._handle(e.DrainDone(effect.key, effect.peer))
+        self._handle(e.DrainDone(effect))
 
     async def _forget(self, peer: WorkerId) -> None:
         await self._transport.forget(peer)
