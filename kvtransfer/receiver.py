@@ -100,7 +100,7 @@ class ReceiverEnd:
 
     def _expect(self, event: e.Expect) -> None:
         key = event.key
-        if key in self._receiving:
+        if key in self._receiving or self._strangers.told(key):
             return  # submitted twice
         over = self._strangers.admit(key, self._now_s)
         if over is not None:
@@ -279,7 +279,7 @@ class ReceiverEnd:
     def _bury_if_over(self, record: Receiving) -> None:
         if record.drained and record.clear and record.final is not None:
             del self._receiving[record.key]
-            self._strangers.bury(record.final, self._now_s)
+            self._strangers.bury(record.final, self._now_s, told=True)
 
     def _move(self, record: Receiving, new: State) -> None:
         assert new in ALLOWED[record.state], (record.key, record.state, new)

@@ -30,20 +30,27 @@ class Strangers:
     def __init__(self, tombstone_s: float, held_s: float) -> None:
         self._held_s = held_s
         self._tombstones: Tombstones[Final] = Tombstones(tombstone_s)
+        self._told: Tombstones[bool] = Tombstones(tombstone_s)  # those whose end the request has been told
         self._held: dict[HandoffKey, Held] = {}
 
     @property
     def waiting(self) -> int:
         return len(self._held)
 
+    def told(self, key: HandoffKey) -> bool:
+        """It was submitted before, and has had its end."""
+        return self._told.word(key) is not None
+
     def admit(self, key: HandoffKey, now_s: float) -> BatonError | None:
         """A request has come. The error that it ends with, when it has ended before it began."""
         word = self._tombstones.word(key)
-        if word is None and not self._tombstones.superseded(key):
+        if word is None and self._tombstones.superseded(key):
+            word = self.bury(_superseded(key), now_s)
+        if word is None:
             self._tombstones.saw(key, now_s)
             return None
-        kind = leaves().get(word.code, Cancelled) if word else Cancelled
-        return kind(word.message if word and word.message else f"{key} is over")
+        self._told.bury(key, True, now_s)
+        return leaves().get(word.code, Cancelled)(word.message)
 
     def question_of(self, key: HandoffKey) -> Held | None:
         """The Next that has waited for this request."""
@@ -63,14 +70,17 @@ class Strangers:
             self._held.pop(key, None)
             return self.bury(Close(key, 0, 0, State.ABORTED, message.code, message.message), now_s)
         if self._tombstones.superseded(key):
-            return Refused(key, 0, 0, Cancelled.code, "a later attempt has taken over")
-        if isinstance(message, Next) and (key in self._held or len(self._held) < HELD_LIMIT):
-            self._held[key] = Held(peer, message, now_s + self._held_s)
-            return None
-        return _unknown(key)
+            return _superseded(key)
+        if not isinstance(message, Next) or len(self._held) >= HELD_LIMIT:
+            return _unknown(key)
+        earlier = self._held.get(key)
+        self._held[key] = Held(peer, message, earlier.until_s if earlier else now_s + self._held_s)
+        return None
 
-    def bury(self, final: Final, now_s: float) -> Final:
+    def bury(self, final: Final, now_s: float, *, told: bool = False) -> Final:
         """The last word on a hand-off; the first one said stands."""
+        if told:
+            self._told.bury(final.key, True, now_s)
         word = self._tombstones.word(final.key)
         if word is None:
             self._tombstones.bury(final.key, final, now_s)
@@ -79,6 +89,7 @@ class Strangers:
     def expire(self, now_s: float) -> list[tuple[WorkerId, Refused]]:
         """Give up what has waited too long; returns what to say of it."""
         self._tombstones.expire(now_s)
+        self._told.expire(now_s)
         over = [held for held in self._held.values() if held.until_s < now_s]
         for held in over:
             del self._held[held.message.key]
@@ -88,3 +99,7 @@ class Strangers:
 
 def _unknown(key: HandoffKey) -> Refused:
     return Refused(key, 0, 0, HandoffError.code, f"{key} was never submitted here")
+
+
+def _superseded(key: HandoffKey) -> Refused:
+    return Refused(key, 0, 0, Cancelled.code, f"{key}: a later attempt has taken over")
