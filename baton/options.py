@@ -34,7 +34,7 @@ class WorkerOptions:
     max_rows: int = option(256, help="sequences decoded in one step, at most")
     threads: int = option(0, help="compute threads; 0: one per core")
     nice: int = option(0, help="lower the priority of the compute threads by this much")
-    prefill_share: float = option(0.25, help="of the cores, left to a prefill on this machine that has waited")
+    prefill_share: float = option(0.5, help="of the cores, left to a prefill on this machine that has waited")
     prefill_patience_s: float = option(0.5, help="how long such a prefill waits before that")
     served_name: str = option("", help="name of the model in metrics")
     report_fd: int = option(-1, help="file descriptor for reports to the launcher")
