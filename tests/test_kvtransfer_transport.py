@@ -357,6 +357,44 @@ async def test_a_pool_has_no_name_in_any_file_system(shm_rig: Rig) -> None:
     assert not [name for name in os.listdir("/dev/shm") if "baton" in name]
 
 
+@pytest.mark.parametrize("fenced", [True, False], ids=["fenced", "not fenced"])
+async def test_pages_that_are_reused_while_they_are_read_are_never_served(fenced: bool) -> None:
+    """A writer gives pages up and fills them again as fast as it can; without the fence it is seen."""
+    rig = await make_rig("shm", check_epoch=fenced)
+    size, stop = LAYOUT.page_bytes, threading.Event()
+    published = [(0, 0)]
+
+    def content(page: int, epoch: int) -> bytes:
+        return (page * 1000003 + epoch).to_bytes(8, "little") * (size // 8)
+
+    def write() -> None:
+        random, epochs = Random(1), [0] * 4
+        while not stop.is_set():
+            page = random.randrange(4)
+            epochs[page] += 1
+            rig.theirs.epochs[page] = epochs[page]  # given up before it is written
+            rig.theirs.page(page)[:] = content(page, epochs[page])
+            published[0] = (page, epochs[page])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    served = stale = wrong = 0
+    deadline_s = asyncio.get_running_loop().time() + 3.0
+    while asyncio.get_running_loop().time() < deadline_s and served + stale < 3000 and not (wrong and not fenced):
+        page, epoch = published[0]
+        arrivals = await rig.fetch(*[Piece(page, epoch, target) for target in range(4)])
+        for target, arrival in enumerate(arrivals):
+            if isinstance(arrival, StalePage):
+                stale += 1
+            elif epoch:
+                served += 1
+                wrong += bytes(rig.ours.page(target)) != content(page, epoch)
+    stop.set()
+    writer.join()
+    await close(rig)
+    assert (wrong == 0 and served and stale) if fenced else wrong, (served, stale, wrong)
+
+
 # --- two processes -------------------------------------------------------------------------------------------
 
 SOURCE = """
