@@ -45,9 +45,17 @@ class Served:
         return list(self.tokenizer(text).input_ids)
 
     def is_right(self, exercise: exercises.Exercise) -> bool:
-        """Whether the greedy answer is the expected one."""
-        limit = len(self.tokenizer(exercise.answer).input_ids) + 4
-        return self.generate(self.prompt(exercise), limit) == exercise.answer
+        """Whether the greedy answer, with its end, is the expected one.
+
+        One pass over prompt and answer tells: greedy decoding gives the answer if, and only if, each of its
+        tokens is the likeliest after those before it.
+        """
+        prompt = self.prompt(exercise)
+        answer = [*self.tokenizer(exercise.answer).input_ids, self.tokenizer.eos_token_id]
+        tokens = torch.tensor([[*prompt, *answer[:-1]]])
+        with torch.no_grad():
+            logits = self.model(tokens, logits_to_keep=len(answer)).logits
+        return bool((logits[0].argmax(-1) == torch.tensor(answer)).all())
 
 
 def bits_per_byte(served: Served) -> float:
@@ -123,7 +131,7 @@ def main() -> None:
     results["recall"] = accuracy(served, exercises.recall_exercise, options.count, options.seed)
     for style in exercises.STYLES:
         make = functools.partial(exercises.recall_exercise, style=style)
-        results[f"recall {style}"] = accuracy(served, make, options.count // 4, options.seed)
+        results[f"recall {style}"] = accuracy(served, make, options.count // 4, options.seed + 1)
     results["repeat"] = accuracy(served, exercises.repeat_exercise, options.count, options.seed)
     results["sum"] = accuracy(served, exercises.sum_exercise, options.count, options.seed)
     results["bits per byte"] = bits_per_byte(served)

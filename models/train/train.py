@@ -23,7 +23,7 @@ import data
 from model import Model, Shape, export
 from muon import Optimizer
 
-WEIGHTS = {"code": 0.5, "recall": 1.0, "repeat": 0.4, "sum": 0.1, "complete": 0.1}
+WEIGHTS = {"code": 0.5, "recall": 1.0, "repeat": 0.4, "sum": 0.3, "complete": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Stage:
 
 CURRICULUM = (
     Stage(0.15, 128, 32, [0.25, 0.40, 0.30, 0.02, 0.03]),
-    Stage(0.40, 256, 16, [0.30, 0.40, 0.20, 0.05, 0.05]),
-    Stage(0.65, 512, 8, [0.35, 0.40, 0.15, 0.05, 0.05]),
-    Stage(0.85, 1024, 6, [0.40, 0.40, 0.10, 0.05, 0.05]),
-    Stage(1.01, 2048, 4, [0.40, 0.40, 0.10, 0.05, 0.05]),
+    Stage(0.24, 256, 16, [0.30, 0.40, 0.20, 0.05, 0.05]),
+    Stage(0.45, 512, 8, [0.40, 0.35, 0.13, 0.06, 0.06]),
+    Stage(0.75, 1024, 6, [0.45, 0.32, 0.10, 0.07, 0.06]),
+    Stage(1.01, 2048, 4, [0.50, 0.30, 0.07, 0.07, 0.06]),
 )
 
 
