@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import grpc
 import grpc.aio
@@ -39,6 +40,8 @@ from wire import session_pb2 as pb
 from wire import session_pb2_grpc
 
 log = logging.getLogger(__name__)
+
+Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.ToWorker, pb.FromWorker]"
 
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
@@ -156,11 +159,17 @@ class WorkerClient:
             for inbox in running
         ]
         hello = pb.Hello(version=pb.Version(major=MAJOR, minor=MINOR), router=self._router, resume=resume)
-        call = self._stub.Tokens(self._sending(hello))
-        first = await call.read()
+        call = self._stub.Tokens()  # type: ignore[call-arg]  # the stubs know only calls with an iterator
+        try:
+            async with asyncio.timeout(self._times.connect_s):
+                await call.write(pb.ToWorker(hello=hello))
+                first = await call.read()
+        except TimeoutError:
+            return
         if not isinstance(first, pb.FromWorker) or not first.HasField("welcome"):
             return
         self._up(_decode_info(first.welcome))
+        sending = asyncio.create_task(self._send(call), name="worker-send")
         events = asyncio.create_task(self._events(), name="worker-events")
         watch = asyncio.create_task(self._watch(call.cancel), name="worker-watch")
         try:
@@ -172,12 +181,12 @@ class WorkerClient:
                 raise
         finally:
             call.cancel()
-            await _stop(events, watch)
+            await _stop(sending, events, watch)
 
-    async def _sending(self, hello: pb.Hello) -> AsyncIterator[pb.ToWorker]:
-        yield pb.ToWorker(hello=hello)
+    async def _send(self, call: Call) -> None:
+        """A task that ends with the session: a request iterator would live on, and take a message of the next one's."""
         while True:
-            yield await self._outbox.get()
+            await call.write(await self._outbox.get())
 
     async def _events(self) -> None:
         """Load and prefix-cache changes; asked for again from a snapshot after a gap."""
