@@ -3,7 +3,7 @@
     python -m bench.compare --vllm PATH/TO/vllm --tokenizer CHECKPOINT \
         --server baton=http://localhost:8000/qwen3 --server vllm=http://localhost:8001/qwen3 --json out.json
 
-The load is that of `vllm bench serve` (random prompts of fixed length, end ids ignored), a client that nobody here wrote.
+The load is that of `vllm bench serve`: random prompts of fixed length, end ids ignored.
 A server's model name follows its address. Servers that are idle meanwhile stay up: what they hold is the same in every
 run. Each run has a seed of its own, so that no prompt is in a prefix cache already.
 """
@@ -53,7 +53,7 @@ def measure(server: Server, args: argparse.Namespace, seed: int) -> dict[str, fl
             "--seed", str(seed), "--percentile-metrics", "ttft,tpot,itl,e2el", "--save-result",
             "--result-dir", folder, "--result-filename", "result.json",
         ]  # fmt: skip
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.run(command, check=True, capture_output=True)
         result = json.loads((Path(folder) / "result.json").read_text())
     assert result["completed"] == args.requests, f"{server.name}: {result['completed']} of {args.requests} completed"
     return {figure: float(result[figure]) for figure in FIGURES}
@@ -96,7 +96,7 @@ def main() -> int:
         for server in servers:
             run = measure(server, args, args.seed + number)
             runs[server.name].append(run)
-            print(f"round {number + 1} {server.name}: {run['output_throughput']:.1f} tok/s", file=sys.stderr, flush=True)
+            print(f"round {number + 1} {server.name}: {run['output_throughput']:.1f} tok/s", file=sys.stderr)
     print(table(servers, runs))
     if args.json:
         args.json.write_text(json.dumps(runs, indent=1))

@@ -148,10 +148,15 @@ class PrefillService:
         return asked + -(-len(job.sequence.ids) // size) <= self._engine.pool.reusable
 
     async def _offer(self, job: _Job) -> None:
-        """Ask the peer for pages; begin when it grants them."""
-        wait_s = min(self._grant_wait_s, job.sequence.deadline_s - self._clock())
+        """Ask the peer for pages; begin when it grants them. A peer that stays full is the router's to replace."""
+        ids, left_s = len(job.sequence.ids), job.sequence.deadline_s - self._clock()
         try:
-            grant = await self._source.offer(job.key, job.peer, len(job.sequence.ids), job.submit.params.n, wait_s)
+            async with asyncio.timeout(self._grant_wait_s):
+                grant = await self._source.offer(job.key, job.peer, ids, job.submit.params.n, left_s)
+        except TimeoutError:
+            job.offer = None
+            self._end(job, NoCapacity(f"no pages were granted within {self._grant_wait_s:.0f} s"))
+            return
         except BatonError as error:
             job.offer = None
             self._end(job, error)
