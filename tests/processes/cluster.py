@@ -29,9 +29,10 @@ MODEL = ROOT / "models" / "baton-tiny"
 START_S = 90.0  # a busy machine takes many times as long as a quiet one
 PATIENCE_S = 60.0  # for what a quiet machine does in some seconds
 STOP_S = 5.0  # what the product promises
-SMALL = ("--dtype", "float32", "--pages", "512", "--max-context", "2048", "--threads", "1")
+PAGES = 1024
+SMALL = ("--dtype", "float32", "--pages", str(PAGES), "--max-context", "2048", "--threads", "1")
 
-Gauges = dict[str, dict[str, float]]  # by worker, then by the value of the series' own label
+Samples = dict[str, dict[str, float]]  # by worker, then by the value of the series' own label
 
 
 class Cluster:
@@ -101,9 +102,9 @@ class Cluster:
             return httpx.get(f"{self.url}/health", timeout=10).status_code == 200
         return False
 
-    def metric(self, name: str, label: str = "engine") -> Gauges:
+    def metric(self, name: str, label: str = "engine") -> Samples:
         """Samples of this name by worker and by the value of `label`. The router's own have the engine ''."""
-        found: Gauges = defaultdict(lambda: defaultdict(float))
+        found: Samples = defaultdict(lambda: defaultdict(float))
         with suppress(httpx.HTTPError):
             text = httpx.get(f"{self.url}/metrics", timeout=10).text
             for family in text_string_to_metric_families(text):
@@ -134,7 +135,7 @@ class Cluster:
         self.wait_until("every page is free or cached", is_quiet)
         pages = self.metric("baton:pages", "state")
         totals = {name: sum(by_state.values()) for name, by_state in pages.items()}
-        assert set(totals.values()) == {511.0}, f"512 pages less the scratch page: {totals}"
+        assert set(totals.values()) == {PAGES - 1}, f"all but the scratch page: {totals}"
         assert self.total("baton:handoffs_in_flight") == 0
         assert self.total("baton:router_inflight_requests") == 0
 
