@@ -18,6 +18,7 @@ STREAMED = [
     body(some_tokens(3, 150), 300, temperature=1.0, top_p=0.95, seed=3, n=2),
 ]
 LONG = [body(some_tokens(10 + number, 1100), 10) for number in range(5)]  # the last of them wait for the others
+ENDLESS = body(some_tokens(9, 40), 1900, n=8, temperature=1.0, seed=9)  # it never ends before somebody gives it up
 REFILLS = 4  # calls of 16 prompts: retries are at most a fifth of what has been asked
 
 
