@@ -55,7 +55,7 @@ class Limits:
     step_tokens: int = 512
     max_rows: int = 256
     max_local_tokens: int = 2048
-    prefill_share: float = 0.25
+    prefill_share: float = 0.5
     prefill_patience_s: float = 0.5
 
 
@@ -108,17 +108,19 @@ class Worker:
         self._model = model
         self._chores = Chores()
         self._intake = Intake(model.identity, model.vocabulary, model.max_context_tokens, model.end_ids, machine.clock)
+        decode = _decode_policy(info.role, limits)
         self.engine = Engine(
             machine.executor,
             self.pool,
             info.page_size,
-            policy_for(info.role, *_policies(info.role, limits)),
+            policy_for(info.role, decode, PrefillPolicy(limits.step_tokens)),
             machine.clock,
             machine.run_blocking,
             lambda report: self.tier.on_step(report),
             peer_wait_s=lambda: self.tier.decode.oldest_expected_s if self.tier.decode else 0.0,
         )
         self.tier = WorkerTier(info, self.engine, self.pool, self.metrics, machine.clock)
+        self.tier.local = decode.local
         if info.role is Role.PREFILL:
             self.tier.prefill = self._prefill_service()
         else:
@@ -189,13 +191,12 @@ class Worker:
         return service
 
 
-def _policies(role: Role, limits: Limits) -> tuple[DecodePolicy, PrefillPolicy]:
+def _decode_policy(role: Role, limits: Limits) -> DecodePolicy:
     """On an aggregated worker the prompts are the prefill policy's, without a budget."""
-    decode = DecodePolicy(
+    return DecodePolicy(
         max_rows=limits.max_rows,
         step_tokens=limits.step_tokens,
         local=LocalBudget() if role is Role.DECODE else None,
         prefill_share=limits.prefill_share,
         prefill_patience_s=limits.prefill_patience_s,
     )
-    return decode, PrefillPolicy(limits.step_tokens)

@@ -16,7 +16,7 @@ from core.clock import Clock
 from core.errors import EngineError, NoCapacity
 from core.messages import Cancel, Load, PagesChanged, Role, Submit, WorkerInfo
 from core.telemetry.worker_metrics import WorkerMetrics
-from decode_service.policy import DecodePolicy
+from decode_service.policy import DecodePolicy, LocalBudget
 from decode_service.service import DecodeService
 from engine.engine import Engine, StepReport
 from engine.policy import EngineView, Policy, StepPlan
@@ -25,6 +25,7 @@ from prefill_service.policy import PrefillPolicy
 from prefill_service.service import PrefillService
 
 LOAD_PERIOD_S = 0.05
+LOCAL_SHARE = 0.25  # of a decode worker's time, at most, goes to prompts that it prefills beside its batch
 RATE_WEIGHT = 0.2  # of the newest step in the running means
 
 
@@ -61,6 +62,7 @@ class WorkerTier:
         self._clock = clock
         self.prefill: PrefillService | None = None
         self.decode: DecodeService | None = None
+        self.local: LocalBudget | None = None  # of the decode policy: follows the measured rate
         self.handoffs: Callable[[], dict[str, int]] = dict
         self.published: Callable[[], None] = _nothing  # called after each step: the feeds take the changes
         self.draining = False
@@ -127,6 +129,8 @@ class WorkerTier:
         if report.tokens >= 64 and report.step_s > 0 and report.tokens > 4 * len(report.sampled):
             rate = report.tokens / report.step_s
             self._prefill_rate += (RATE_WEIGHT if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
+            if self.local is not None:
+                self.local.tokens_per_s = LOCAL_SHARE * self._prefill_rate
         if self.prefill is not None:
             self.prefill.on_step(report)
         if self.decode is not None:

@@ -175,6 +175,12 @@ async def _every(pause_s: float, do: Callable[[], None]) -> None:
 
 
 def _lower_priority(nice: int) -> None:
-    """Of the calling thread, and of those that it makes: on Linux a thread has a priority of its own."""
+    """Of the calling thread, and of those that it makes: on Linux a thread has a priority of its own.
+
+    Nice alone is not enough beside a decode worker: its threads wake some hundreds of times in a step, and a nice
+    thread may finish its slice first. One of SCHED_IDLE gives way at once.
+    """
     if nice:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
+        os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))

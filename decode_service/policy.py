@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from engine.policy import EngineView, SequenceView, StepPlan, chunks
 
+PREFILL_FLOOR = 0.25  # of the cores, for a prefill that has waited too long, however long the steps are
+LONGEST_PAUSE_S = 0.25  # above the floor: a gap between two tokens that people do not mind
+
 
 @dataclass(slots=True)
 class LocalBudget:
@@ -39,7 +42,7 @@ class DecodePolicy:
     max_rows: int = 256
     step_tokens: int = 512  # of local prefill in one step, at most
     local: LocalBudget | None = field(default_factory=LocalBudget)  # None: another policy prefills
-    prefill_share: float = 0.25  # of the cores, left to a prefill on this machine that has waited too long
+    prefill_share: float = 0.5  # of the cores, left to a prefill on this machine that has waited too long
     prefill_patience_s: float = 0.5
 
     def plan(self, view: EngineView) -> StepPlan:
@@ -75,7 +78,9 @@ class DecodePolicy:
         """Leave the cores so long that a share of the time is the prefill's, when it has waited past our patience."""
         if view.peer_wait_s < self.prefill_patience_s:
             return 0.0
-        return view.step_s * self.prefill_share / (1.0 - self.prefill_share)
+        floor_s = view.step_s * PREFILL_FLOOR / (1.0 - PREFILL_FLOOR)
+        wished_s = view.step_s * self.prefill_share / (1.0 - self.prefill_share)
+        return max(min(wished_s, LONGEST_PAUSE_S), min(wished_s, floor_s))
 
 
 def _urgency(sequence: SequenceView) -> tuple[int, bool, float, int]:
