@@ -128,6 +128,8 @@ class WorkerClient:
         try:
             while True:
                 await self._session()
+                if self._worker is not None:
+                    self._workers.broken(self._worker)
                 self._broken_s = self._broken_s or self._clock()
                 if self._clock() - self._broken_s >= self._times.resume_s:
                     self._down()

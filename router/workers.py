@@ -67,6 +67,7 @@ class _Worker:
     index: PrefixIndex = field(default_factory=PrefixIndex)
     unreported_tokens: int = 0
     unreported_requests: int = 0
+    connected: bool = True  # False between a break of its session and its resumption, or its loss
 
 
 class Workers:
@@ -86,9 +87,16 @@ class Workers:
             self.down(worker)
         if info.worker in self._workers:
             self._workers[info.worker].link = link
+            self._workers[info.worker].connected = True
         else:
             self._workers[info.worker] = _Worker(info, link)
         self._notify()
+
+    def broken(self, worker: WorkerId) -> None:
+        """Its session broke. What runs there waits for the resumption; what is to be placed goes to others."""
+        known = self._workers.get(worker)
+        if known is not None:
+            known.connected = False
 
     def down(self, worker: WorkerId) -> None:
         """Its requests hear of it; a message that it sends later finds no inbox."""
@@ -157,10 +165,12 @@ class Workers:
         return known.load.prefill_tokens_per_s if known is not None else 0.0
 
     def candidates(self, prompt_ids: tuple[int, ...], salt: bytes) -> list[Candidate]:
-        """Every worker with what it has of this prompt. Workers of one model share the hashes."""
+        """Every connected worker with what it has of this prompt. Workers of one model share the hashes."""
         hashes: dict[tuple[str, int], list[bytes]] = {}
         found = []
         for worker in self._workers.values():
+            if not worker.connected:
+                continue
             key = (worker.info.identity, worker.info.page_size)
             if key not in hashes:
                 hashes[key] = block_hashes(root_hash(key[0], salt=salt), prompt_ids, key[1])

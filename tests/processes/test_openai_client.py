@@ -31,8 +31,11 @@ def test_a_long_prompt_is_handed_off(client: OpenAI, disaggregated: Cluster) -> 
     reply = client.chat.completions.create(model=NAME, messages=LONG, temperature=0, max_tokens=20)
     assert reply.choices[0].message.content
     assert reply.usage is not None and reply.usage.prompt_tokens > 128
-    after = disaggregated.metric("baton:handoffs_total", "outcome")
-    assert after["prefill-0"]["committed"] == after["decode-0"]["committed"] == before / 2 + 1
+
+    def both_have_counted() -> bool:
+        return disaggregated.total("baton:handoffs_total", "outcome", "committed") == before + 2
+
+    disaggregated.wait_until("the source has heard of the commit", both_have_counted)
     assert disaggregated.metric("baton:handoff_pages_total")["decode-0"]["decode-0"] >= reply.usage.prompt_tokens // 16
 
 
