@@ -290,6 +290,24 @@ class TestOverGrpc:
         await wire.up()
         assert [info for info, _ in wire.workers.infos()] == [stranger]
 
+    async def test_the_first_message_of_a_new_session_is_not_lost(self, wire: Wire) -> None:
+        """A sender that outlived the broken session would take it."""
+        await wire.stop()
+        await wire.serve(stranger := WorkerInfo(WorkerId("d0", 8), Role.DECODE, "model", "layout", 16, 100, 4096, ""))
+        assert await wire.next() == Lost(INFO.worker)
+        await wire.up()
+        wire.workers.submit(stranger.worker, SUBMIT)
+        async with asyncio.timeout(10):
+            while not wire.tier.submitted:
+                await asyncio.sleep(0.01)
+
+    async def test_nothing_is_placed_on_a_worker_whose_session_is_broken(self, wire: Wire) -> None:
+        assert [c.worker for c in wire.workers.candidates((1, 2), b"")] == [INFO.worker]
+        wire.workers.broken(INFO.worker)
+        assert wire.workers.candidates((1, 2), b"") == []
+        wire.workers.up(INFO, wire.client)
+        assert [c.worker for c in wire.workers.candidates((1, 2), b"")] == [INFO.worker]
+
     async def test_a_worker_that_does_not_come_back_is_lost(self, wire: Wire) -> None:
         await wire.stop()
         assert await wire.next() == Lost(INFO.worker)
