@@ -37,16 +37,16 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage(0.15, 128, 32, [0.25, 0.40, 0.30, 0.02, 0.03]),
-    Stage(0.24, 256, 16, [0.30, 0.40, 0.20, 0.05, 0.05]),
-    Stage(0.45, 512, 8, [0.40, 0.35, 0.13, 0.06, 0.06]),
-    Stage(0.56, 1024, 6, [0.45, 0.32, 0.10, 0.07, 0.06]),
-    Stage(0.78, 1024, 6, [0.38, 0.30, 0.20, 0.06, 0.06]),
+    Stage(0.35, 128, 32, [0.25, 0.40, 0.30, 0.02, 0.03]),
+    Stage(0.545, 256, 16, [0.30, 0.40, 0.20, 0.05, 0.05]),
+    Stage(0.677, 512, 8, [0.40, 0.35, 0.13, 0.06, 0.06]),
+    Stage(0.755, 1024, 6, [0.45, 0.32, 0.10, 0.07, 0.06]),
+    Stage(0.81, 1024, 6, [0.38, 0.30, 0.20, 0.06, 0.06]),
     Stage(1.01, 2048, 3, [0.38, 0.30, 0.20, 0.06, 0.06]),
 )
 
 
-def rate_at(progress: float, step: int, warmup: int = 100, decay: float = 0.3) -> float:
+def rate_at(progress: float, step: int, warmup: int = 100, decay: float = 0.22) -> float:
     """Warm-up, a stable part, and a linear decay over the last part of the run."""
     return min(1.0, (step + 1) / warmup, max(0.02, (1 - progress) / decay))
 
