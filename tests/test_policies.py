@@ -32,12 +32,17 @@ def view(*sequences: SequenceView, pages: int = 1000, **fields: object) -> Engin
 
 class TestPrefill:
     def test_one_prompt_after_the_other_within_the_budget(self) -> None:
-        plan = PrefillPolicy(step_tokens=150).plan(view(sequence(2), sequence(1), sequence(3)))
-        assert plan.rows == ((1, 100), (2, 50))
+        three = view(sequence(2), sequence(1), sequence(3))
+        assert PrefillPolicy(step_tokens=80).plan(three).rows == ((1, 100),), "an end is not put off"
+        assert PrefillPolicy(step_tokens=79).plan(three).rows == ((1, 79),)
+        assert PrefillPolicy(step_tokens=200).plan(three).rows == ((1, 100),), "nor made to wait for others"
+        assert PrefillPolicy(step_tokens=201).plan(three).rows == ((1, 100), (2, 100))
+        assert PrefillPolicy(step_tokens=500).plan(three).rows == ((1, 100), (2, 100), (3, 100))
 
     def test_what_has_begun_goes_on_and_urgency_goes_first(self) -> None:
         begun = sequence(5, running=True, uncomputed_tokens=30, pages_missing=0)
         assert PrefillPolicy(64).plan(view(sequence(1), begun)).rows == ((5, 30), (1, 34))
+        assert PrefillPolicy(60).plan(view(sequence(1), begun)).rows == ((5, 30),)
         urgent = sequence(9, priority=-1)
         assert PrefillPolicy(64).plan(view(sequence(1), begun, urgent)).rows == ((9, 64),)
         late = sequence(9, deadline_s=50.0)
