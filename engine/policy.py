@@ -53,9 +53,9 @@ class Policy(Protocol):
 def chunks(view: EngineView, order: list[SequenceView], budget_tokens: int, pages: int) -> list[tuple[int, int]]:
     """Prefill chunks in the given order until half the token budget is spent, or the pages.
 
-    A prompt's end is not put off for the sake of the budget: up to a quarter more is computed at once. And when half the
-    budget is spent nothing is begun beside it: the device is busy enough, and the first prompt would only wait longer.
-    The first that finds no room ends it: later, smaller ones do not overtake, so that a long prompt is never starved.
+    A prompt's end is not put off for the sake of the budget: up to a quarter more is computed at once. And when half
+    the budget is spent nothing is begun beside it: the device is busy enough, and the first prompt would only wait
+    longer. The first that finds no room ends it: later, smaller ones do not overtake, so that a long prompt is never starved.
     """
     rows: list[tuple[int, int]] = []
     spent = 0
