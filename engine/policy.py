@@ -55,7 +55,8 @@ def chunks(view: EngineView, order: list[SequenceView], budget_tokens: int, page
 
     A prompt's end is not put off for the sake of the budget: up to a quarter more is computed at once. And when half
     the budget is spent nothing is begun beside it: the device is busy enough, and the first prompt would only wait
-    longer. The first that finds no room ends it: later, smaller ones do not overtake, so that a long prompt is never starved.
+    longer. The first that finds no room ends it: later, smaller ones do not overtake, so that a long prompt is not
+    starved.
     """
     rows: list[tuple[int, int]] = []
     spent = 0

@@ -66,7 +66,7 @@ async def test_the_saga_counts_here_too() -> None:
     metrics.placed(local=False)
     found = samples(metrics.text())
     assert found["baton:retries_total{reason=worker_lost}"] == 1
-    assert found["baton:replays_total"] == found["baton:local_prefills_total"] == 1
+    assert found["baton:replays_total"] == found["baton:placements_total{prefill=local}"] == 1
 
 
 async def test_clients_cannot_add_series() -> None:
