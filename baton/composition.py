@@ -66,7 +66,6 @@ class Machine:
     executor: Executor
     frames: Frames
     transport: Transport
-    descriptor: bytes
     clock: Clock
     random: Random
     run_blocking: RunBlocking
@@ -156,7 +155,6 @@ class Worker:
             pages=self.pool,
             frames=machine.frames,
             transport=machine.transport,
-            descriptor=machine.descriptor,
             clock=machine.clock,
             random=machine.random,
             offload=machine.offload,

@@ -96,7 +96,6 @@ class LocalEngine:
             executor=TorchExecutor(loaded.model, loaded.layout, frames.buffer, threads),
             frames=frames,
             transport=MemoryTransport(info.worker, MemoryFabric(Random(0))),  # an aggregated worker hands nothing off
-            descriptor=b"",
             clock=monotonic_s,
             random=Random(),
             run_blocking=partial(_compute, compute),

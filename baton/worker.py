@@ -33,6 +33,7 @@ from core.clock import monotonic_s
 from core.errors import StartupError
 from core.messages import Role, WorkerId, WorkerInfo
 from engine.torch_executor import TorchExecutor
+from kvtransfer.digest import XXH3_64, algorithm
 from kvtransfer.frames import Frames
 from kvtransfer.shm import ShmTransport
 
@@ -85,8 +86,8 @@ class WorkerProcess:
             os._exit(0)  # told to stop while it loads: nothing is held yet, and a read cannot be interrupted
         loaded, frames = loading.result()
         transport = ShmTransport()
-        descriptor = await transport.serve(frames)
-        worker = self._compose(loaded, frames, transport, descriptor)
+        await transport.serve(frames, algorithm(XXH3_64))
+        worker = self._compose(loaded, frames, transport)
         try:
             return await self._run(worker)
         finally:
@@ -112,14 +113,13 @@ class WorkerProcess:
 
         return loaded, Frames.shared(loaded.layout, loaded.pages, pool_faulted_in)
 
-    def _compose(self, loaded: LoadedModel, frames: Frames, transport: ShmTransport, descriptor: bytes) -> Worker:
+    def _compose(self, loaded: LoadedModel, frames: Frames, transport: ShmTransport) -> Worker:
         o = self._options
         threads = o.threads or len(os.sched_getaffinity(0))
         machine = Machine(
             executor=TorchExecutor(loaded.model, loaded.layout, frames.buffer, threads),
             frames=frames,
             transport=transport,
-            descriptor=descriptor,
             clock=monotonic_s,
             random=Random(secrets.randbits(64)),
             run_blocking=self._run_blocking,

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import grpc
 import grpc.aio
 
-from core.errors import FingerprintMismatch, PeerLost
+from core.errors import FingerprintMismatch, HandoffError, PeerLost
 from core.layout import HASH_UNIT_TOKENS, ITEM_BYTES, PageLayout
 from core.messages import FinishReason, Peer, Receipt, Token, WorkerId
 from kvtransfer import messages as m
@@ -104,7 +104,7 @@ class HandoffDialer:
                 try:
                     if await self._session(peer, handoff_pb2_grpc.HandoffStub(channel)):
                         pause_s = first_s
-                except (FingerprintMismatch, PeerLost) as error:
+                except HandoffError as error:
                     self._hung_up.pop(peer.worker, None)
                     self._source.peer_gone(peer.worker, error)
                     return
@@ -132,7 +132,7 @@ class HandoffDialer:
                 del self._lines[peer.worker]
                 self._source.session_down(peer.worker)
         broken = None if reader.cancelled() else reader.exception()
-        if isinstance(broken, FingerprintMismatch | PeerLost):
+        if isinstance(broken, HandoffError):
             raise broken
         if broken is None or isinstance(broken, grpc.aio.AioRpcError | TimeoutError):
             log.info("session with %s ended: %r", peer.worker, broken)
@@ -141,7 +141,7 @@ class HandoffDialer:
         return up
 
     async def _say(self, peer: Peer, line: Line) -> AsyncIterator[pb.ToReceiver]:
-        yield pb.ToReceiver(open=_encode_open(self._source.opening(peer.worker)))
+        yield pb.ToReceiver(open=_encode_open(await self._source.opening(peer.worker)))
         while (message := await line.next()) is not None:
             yield encode(message)
 
@@ -150,21 +150,22 @@ class HandoffDialer:
             answer = await call.read()
         if not isinstance(answer, pb.ToSource):  # the end of the stream
             return
-        self._check(peer, answer)
+        await self._check(peer, answer)
         self._lines[peer.worker] = line
         self._source.session_up(peer.worker)
         while isinstance(message := await call.read(), pb.ToSource):
             self._source.receive(peer.worker, decode(message))
 
-    def _check(self, peer: Peer, answer: pb.ToSource) -> None:
-        """Raises PeerLost or FingerprintMismatch when there can be no session with this peer."""
+    async def _check(self, peer: Peer, answer: pb.ToSource) -> None:
+        """Raises HandoffError when there can be no session with this peer."""
         if answer.HasField("refused"):
             mismatch = answer.refused.code == FingerprintMismatch.code
             raise (FingerprintMismatch if mismatch else PeerLost)(answer.refused.reason)
-        receiver = answer.open.receiver
-        if WorkerId(receiver.name, receiver.incarnation) != peer.worker:
-            raise PeerLost(f"{receiver.name} answered at {peer.endpoint} in the place of {peer.worker}")
-        self._source.check_answer(_decode_fingerprint(answer.open.fingerprint))
+        receiver = WorkerId(answer.open.receiver.name, answer.open.receiver.incarnation)
+        if receiver != peer.worker:
+            raise PeerLost(f"{receiver} answered at {peer.endpoint} in the place of {peer.worker}")
+        theirs = _decode_fingerprint(answer.open.fingerprint)
+        await self._source.answered(m.Open(self._source.me, receiver, theirs, answer.open.descriptor))
 
 
 # --- coding --------------------------------------------------------------------------------------------------

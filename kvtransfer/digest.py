@@ -15,8 +15,8 @@ from core.layout import PageLayout
 
 XXH3_64 = "xxh3-64"
 
-SegmentDigest = Callable[[memoryview], int]
-ALGORITHMS: dict[str, SegmentDigest] = {XXH3_64: xxhash.xxh3_64_intdigest}  # releases the GIL
+SegmentDigest = Callable[[memoryview], bytes]  # always of the same length
+ALGORITHMS: dict[str, SegmentDigest] = {XXH3_64: xxhash.xxh3_64_digest}  # releases the GIL
 
 
 def algorithm(name: str) -> SegmentDigest:
@@ -27,9 +27,7 @@ def algorithm(name: str) -> SegmentDigest:
     return found
 
 
-def digest_page(
-    buffer: memoryview, layout: PageLayout, page: int, of: SegmentDigest = xxhash.xxh3_64_intdigest
-) -> tuple[int, ...]:
-    """The digests of one page of a pool's buffer, one per KV head."""
+def digest_page(buffer: memoryview, layout: PageLayout, page: int, of: SegmentDigest) -> bytes:
+    """The digests of one page of a pool's buffer, one per KV head, one after the other."""
     start, size = page * layout.page_bytes, layout.segment_bytes
-    return tuple(of(buffer[at : at + size]) for at in range(start, start + layout.page_bytes, size))
+    return b"".join([of(buffer[at : at + size]) for at in range(start, start + layout.page_bytes, size)])

@@ -23,7 +23,6 @@ class SessionUp:
     """The session with a peer is there, for the first time or again."""
 
     peer: WorkerId
-    descriptor: bytes = b""  # of the peer's pool; the receiver needs it
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +237,6 @@ class Closed:
 class StartFetch:
     operation: int  # never used twice
     peer: WorkerId
-    descriptor: bytes
     stream: int
     pieces: tuple[Piece, ...]
 

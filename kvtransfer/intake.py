@@ -55,7 +55,7 @@ class Intake:
     def key_of(self, operation: int) -> HandoffKey:
         return self._operations[operation].key
 
-    def post(self, record: Receiving, entries: Sequence[PageEntry], descriptor: bytes) -> StartFetch:
+    def post(self, record: Receiving, entries: Sequence[PageEntry]) -> StartFetch:
         """Fetch these pages into the frames that are theirs by position."""
         self._last += 1  # a number never used before: a late answer to an older one is nobody's
         targets = tuple(record.pages[entry.position] for entry in entries)
@@ -65,7 +65,7 @@ class Intake:
             for page in targets:
                 self._pages.quarantine(page)
         pieces = tuple(Piece(entry.page, entry.epoch, page) for entry, page in zip(entries, targets, strict=True))
-        return StartFetch(self._last, record.peer, descriptor, record.stream, pieces)
+        return StartFetch(self._last, record.peer, record.stream, pieces)
 
     def ended(self, record: Receiving, event: FetchEnded) -> list[PageEntry]:
         """Take in what has arrived; returns what is to be fetched again. Raises when the source cannot give a page."""

@@ -15,7 +15,7 @@ from random import Random
 
 from core.errors import HandoffError, OutOfBounds, PeerLost, StalePage
 from core.messages import WorkerId
-from kvtransfer.digest import digest_page
+from kvtransfer.digest import SegmentDigest, digest_page
 from kvtransfer.frames import Frames
 from kvtransfer.transport import Arrival, Piece
 
@@ -37,6 +37,9 @@ class Mischief:
 CALM = Mischief(steps=1, delay_s=0.0, reorder=False, ghosts=False)
 
 
+DESCRIPTOR = b"memory/1"
+
+
 class _Operation:
     """One fetch in flight, or what is left of it: its ghost."""
 
@@ -56,11 +59,13 @@ class MemoryFabric:
         self.mischief = mischief
         self._random = random
         self._check_epoch = check_epoch
+        self._digest: SegmentDigest
         self._pools: dict[WorkerId, Frames] = {}
         self._operations: list[_Operation] = []
 
-    def join(self, worker: WorkerId, frames: Frames) -> None:
+    def join(self, worker: WorkerId, frames: Frames, digest: SegmentDigest) -> None:
         self._pools[worker] = frames
+        self._digest = digest  # one for all: their fingerprints are equal
 
     def kill(self, worker: WorkerId) -> None:
         """The worker dies without a word. What it was sending goes on arriving."""
@@ -155,7 +160,7 @@ class MemoryFabric:
         if stale is not None:
             return stale
         target = self._pool(operation.receiver)
-        return digest_page(target.buffer, target.layout, piece.target_page)
+        return digest_page(target.buffer, target.layout, piece.target_page, self._digest)
 
     # --- ghosts ----------------------------------------------------------------------------------------------
 
@@ -192,20 +197,29 @@ class MemoryTransport:
     def __init__(self, worker: WorkerId, fabric: MemoryFabric) -> None:
         self._worker = worker
         self._fabric = fabric
+        self._met: set[WorkerId] = set()
 
-    async def serve(self, frames: Frames) -> bytes:
-        self._fabric.join(self._worker, frames)
-        return b"memory/1"
+    async def serve(self, frames: Frames, digest: SegmentDigest) -> None:
+        self._fabric.join(self._worker, frames, digest)
 
-    async def fetch(
-        self, peer: WorkerId, descriptor: bytes, stream: int, pieces: Sequence[Piece]
-    ) -> list[Arrival]:
+    async def invite(self, peer: WorkerId) -> bytes:
+        return DESCRIPTOR
+
+    async def meet(self, peer: WorkerId, descriptor: bytes) -> None:
+        if descriptor != DESCRIPTOR:
+            raise HandoffError("not a descriptor of a worker of this process")
+        self._met.add(peer)
+
+    async def fetch(self, peer: WorkerId, stream: int, pieces: Sequence[Piece]) -> list[Arrival]:
+        if peer not in self._met:
+            raise PeerLost(f"{peer} was never met")
         return await self._fabric.move(self._worker, peer, stream, pieces)
 
     async def drain(self, peer: WorkerId, stream: int) -> None:
         self._fabric.cut(self._worker, peer, stream)
 
     async def forget(self, peer: WorkerId) -> None:
+        self._met.discard(peer)
         self._fabric.cut(self._worker, peer)
 
     async def close(self) -> None:

@@ -36,7 +36,7 @@ class PageEntry:
     block_hash: bytes  # the chain value at its end; of the partly filled tail: places.tail_hash
     page: int  # frame of the source's pool
     epoch: int  # with `page`: names the content
-    digests: tuple[int, ...] = ()  # one per KV head; empty until computed
+    digests: bytes = b""  # one per KV head, one after the other; empty until computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Open:
     source: WorkerId
     receiver: WorkerId
     fingerprint: Fingerprint
-    descriptor: bytes = b""  # of the source's pool, for the receiver's transport
+    descriptor: bytes = b""  # what the sender's transport has for the other's
 
 
 @dataclass(frozen=True, slots=True)

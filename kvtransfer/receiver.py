@@ -57,7 +57,6 @@ class ReceiverEnd:
         self._liveness = Liveness(timing.lease)
         self._strangers = Strangers(timing.deadlines.tombstone_s, timing.deadlines.held_s)
         self._receiving: dict[HandoffKey, Receiving] = {}
-        self._descriptors: dict[WorkerId, bytes] = {}
         self._forgetting: set[WorkerId] = set()
         self._last_stream = 0
         self._renewals = 0
@@ -214,8 +213,7 @@ class ReceiverEnd:
 
     def _fetch(self, record: Receiving, entries: list[PageEntry]) -> None:
         if entries:
-            descriptor = self._descriptors.get(record.peer, b"")
-            self._effects.append(self._intake.post(record, entries, descriptor))
+            self._effects.append(self._intake.post(record, entries))
 
     def _fetch_ended(self, event: e.FetchEnded) -> None:
         record = self._receiving[self._intake.key_of(event.operation)]
@@ -291,7 +289,6 @@ class ReceiverEnd:
 
     def _session_up(self, event: e.SessionUp) -> None:
         """It may have missed our last words. What else it missed, it asks for."""
-        self._descriptors[event.peer] = event.descriptor
         self._liveness.up(event.peer, self._now_s)
         for record in self._of(event.peer):
             if record.final is not None:
@@ -300,7 +297,6 @@ class ReceiverEnd:
     def _lose(self, peer: WorkerId, error: BatonError) -> None:
         """Everything of this peer ends; its pages come back when the transport has cut it off."""
         self._liveness.forget(peer)
-        self._descriptors.pop(peer, None)
         for record in self._of(peer):
             if not record.ended:
                 self._abort(record, error, peer)

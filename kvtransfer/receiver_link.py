@@ -87,6 +87,7 @@ class HandoffReceiver:
             guards=guards,
         )
         self._fetches: dict[int, asyncio.Task[list[Arrival]]] = {}
+        self._forgetting: dict[WorkerId, asyncio.Task[None]] = {}
         self._chores = Chores()
         self._sessions: Sessions | None = None
 
@@ -133,15 +134,17 @@ class HandoffReceiver:
 
     # --- what the sessions call ------------------------------------------------------------------------------
 
-    def greet(self, message: Open) -> Open:
+    async def greet(self, message: Open) -> Open:
         """The answer to a session's first message. Raises FingerprintMismatch, or PeerLost when we are not meant."""
         if message.receiver != self.me:
             raise PeerLost(f"this is {self.me}, not {message.receiver}")
         prints.check(self._fingerprint, message.fingerprint)
-        return Open(message.source, self.me, self._fingerprint)
+        await self._forgotten(message.source)
+        await self._transport.meet(message.source, message.descriptor)
+        return Open(message.source, self.me, self._fingerprint, await self._transport.invite(message.source))
 
-    def session_up(self, peer: WorkerId, descriptor: bytes) -> None:
-        self._handle(e.SessionUp(peer, descriptor))
+    def session_up(self, peer: WorkerId) -> None:
+        self._handle(e.SessionUp(peer))
 
     def session_down(self, peer: WorkerId) -> None:
         self._handle(e.SessionDown(peer))
@@ -170,7 +173,7 @@ class HandoffReceiver:
             case e.HangUp(peer):
                 self._sessions.hang_up(peer)
             case e.Forget(peer):
-                self._chores.spawn(self._forget(peer), f"forget {peer}")
+                self._forgetting[peer] = self._chores.spawn(self._forget(peer), f"forget {peer}")
             case e.StartFetch():
                 self._fetch(effect)
             case e.CancelFetch(operation):
@@ -182,7 +185,7 @@ class HandoffReceiver:
                 self._outcomes.on_abort(key, error, blames)
 
     def _fetch(self, start: e.StartFetch) -> None:
-        fetching = self._transport.fetch(start.peer, start.descriptor, start.stream, start.pieces)
+        fetching = self._transport.fetch(start.peer, start.stream, start.pieces)
         task = asyncio.get_running_loop().create_task(fetching, name=f"fetch {start.operation}")
         self._fetches[start.operation] = task
 
@@ -207,4 +210,10 @@ class HandoffReceiver:
 
     async def _forget(self, peer: WorkerId) -> None:
         await self._transport.forget(peer)
+        self._forgetting.pop(peer, None)
         self._handle(e.Forgotten(peer))
+
+    async def _forgotten(self, peer: WorkerId) -> None:
+        """A peer that is being cut off is met again only when that is done."""
+        if peer in self._forgetting:
+            await asyncio.wait([self._forgetting[peer]])

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from core.errors import BatonError, FingerprintMismatch, PeerLost
+from core.errors import BatonError, FingerprintMismatch, HandoffError, PeerLost
 from core.layout import HASH_UNIT_TOKENS, ITEM_BYTES, PageLayout
 from core.messages import FinishReason, Receipt, Token, WorkerId
 from kvtransfer import messages as m
@@ -93,8 +93,8 @@ class HandoffSessions(handoff_pb2_grpc.HandoffServicer):
         first = await _first(request_iterator, context)
         try:
             opening = _decode_open(first)
-            answer = self._receiver.greet(opening)
-        except (FingerprintMismatch, PeerLost) as error:
+            answer = await self._receiver.greet(opening)
+        except HandoffError as error:
             log.warning("refused a session with %s: %s", first.source.name, error)
             yield pb.ToSource(refused=pb.Refused(code=error.code, reason=error.message))
             return
@@ -102,7 +102,7 @@ class HandoffSessions(handoff_pb2_grpc.HandoffServicer):
         reader = asyncio.create_task(self._read(opening.source, request_iterator, line), name="hand-off reader")
         try:
             yield pb.ToSource(open=_encode_open(answer))
-            self._receiver.session_up(opening.source, opening.descriptor)
+            self._receiver.session_up(opening.source)
             while (message := await line.next()) is not None:
                 yield encode(message)
         finally:
@@ -202,7 +202,7 @@ def _decode_open(message: pb.Open) -> m.Open:
 
 
 def _decode_entry(entry: pb.PageEntry) -> m.PageEntry:
-    return m.PageEntry(entry.position, entry.block_hash, entry.page, entry.epoch, tuple(entry.digests))
+    return m.PageEntry(entry.position, entry.block_hash, entry.page, entry.epoch, entry.digests)
 
 
 def _decode_sealed(sealed: pb.Sealed) -> m.Sealed:

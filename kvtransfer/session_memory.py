@@ -10,8 +10,9 @@ import asyncio
 from dataclasses import dataclass
 from random import Random
 
-from core.errors import FingerprintMismatch, PeerLost
+from core.errors import HandoffError
 from core.messages import Peer, WorkerId
+from kvtransfer.chores import Chores
 from kvtransfer.messages import Message
 from kvtransfer.receiver_link import HandoffReceiver
 from kvtransfer.source_link import HandoffSource
@@ -45,6 +46,7 @@ class MemoryNetwork:
         self._up: dict[Pair, int] = {}  # the number of each session that is up
         self._due_s: dict[tuple[bool, Pair], float] = {}  # when the last message each way arrives: they stay in order
         self._last = 0
+        self._chores = Chores()
 
     def add_source(self, source: HandoffSource) -> MemorySessions:
         self._sources[source.me] = source
@@ -124,17 +126,23 @@ class MemoryNetwork:
         if receiver is None:
             self._later(self.weather.redial_s, pair)
             return
-        opening = source.opening(peer.worker)
+        self._chores.spawn(self._greet(peer, source, receiver), f"session {pair}")
+
+    async def _greet(self, peer: Peer, source: HandoffSource, receiver: HandoffReceiver) -> None:
+        """Open, each way."""
+        pair = (source.me, peer.worker)
         try:
-            source.check_answer(receiver.greet(opening).fingerprint)
-        except (FingerprintMismatch, PeerLost) as error:
+            await source.answered(await receiver.greet(await source.opening(peer.worker)))
+        except HandoffError as error:
             self._wanted.pop(pair, None)
             source.peer_gone(peer.worker, error)
             return
-        self._last += 1
-        self._up[pair] = self._last
-        receiver.session_up(pair[0], opening.descriptor)
-        source.session_up(pair[1])
+        alive = self._sources.get(source.me) is source and self._receivers.get(peer.endpoint) is receiver
+        if alive and pair in self._wanted and pair not in self._up:
+            self._last += 1
+            self._up[pair] = self._last
+            receiver.session_up(pair[0])
+            source.session_up(pair[1])
 
     def _receiver(self, worker: WorkerId) -> HandoffReceiver | None:
         found = [receiver for receiver in self._receivers.values() if receiver.me == worker]

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from core.errors import HandoffError, OutOfBounds, PeerLost, StalePage
 from core.messages import WorkerId
-from kvtransfer.digest import digest_page
+from kvtransfer.digest import SegmentDigest, digest_page
 from kvtransfer.frames import Frames, epochs_offset
 from kvtransfer.shm_socket import TOKEN_BYTES, PoolAddress, PoolSocket, ask_for_pool
 from kvtransfer.transport import Arrival, Piece
@@ -83,21 +83,28 @@ class ShmTransport:
         self._frames: Frames | None = None
         self._target: Bytes | None = None
         self._socket: PoolSocket | None = None
+        self._digest: SegmentDigest
+        self._addresses: dict[WorkerId, PoolAddress] = {}
         self._connections: dict[WorkerId, _Connection] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="baton-copy")
 
-    async def serve(self, frames: Frames) -> bytes:
+    async def serve(self, frames: Frames, digest: SegmentDigest) -> None:
         assert self._socket is None, "one pool per transport"
         self._frames = frames
+        self._digest = digest
         self._target = np.frombuffer(frames.buffer, np.uint8)
         name = f"baton-{self._random_bytes(TOKEN_BYTES).hex()}"
         self._socket = PoolSocket(frames, name=name, token=self._random_bytes(TOKEN_BYTES))
+
+    async def invite(self, peer: WorkerId) -> bytes:
+        assert self._socket is not None, "serve first"
         return self._socket.address.encode()
 
-    async def fetch(
-        self, peer: WorkerId, descriptor: bytes, stream: int, pieces: Sequence[Piece]
-    ) -> list[Arrival]:
-        connection = self._connections.get(peer) or self._connect(peer, descriptor)
+    async def meet(self, peer: WorkerId, descriptor: bytes) -> None:
+        self._addresses[peer] = PoolAddress.decode(descriptor)
+
+    async def fetch(self, peer: WorkerId, stream: int, pieces: Sequence[Piece]) -> list[Arrival]:
+        connection = self._connections.get(peer) or self._connect(peer)
         await asyncio.wait([connection.opening])  # not awaited itself: our cancel is not that of the others
         if connection.stop.is_set():
             raise PeerLost(f"{peer} was cut off")
@@ -111,8 +118,11 @@ class ShmTransport:
         finally:
             connection.copies.discard(copying)
 
-    def _connect(self, peer: WorkerId, descriptor: bytes) -> _Connection:
-        opening = asyncio.get_running_loop().create_task(self._open(descriptor))
+    def _connect(self, peer: WorkerId) -> _Connection:
+        address = self._addresses.get(peer)
+        if address is None:
+            raise PeerLost(f"{peer} was never met")
+        opening = asyncio.get_running_loop().create_task(self._open(address))
         connection = self._connections[peer] = _Connection(opening)
 
         def opened(task: asyncio.Task[_Mapping]) -> None:
@@ -123,9 +133,8 @@ class ShmTransport:
         opening.add_done_callback(opened)
         return connection
 
-    async def _open(self, descriptor: bytes) -> _Mapping:
+    async def _open(self, address: PoolAddress) -> _Mapping:
         assert self._frames is not None, "serve first: fetches need somewhere to land"
-        address = PoolAddress.decode(descriptor)
         if address.page_bytes != self._frames.layout.page_bytes:
             raise HandoffError(f"pages of {address.page_bytes} bytes there, {self._frames.layout.page_bytes} here")
         fd = await ask_for_pool(address, self._patience_s)
@@ -154,12 +163,13 @@ class ShmTransport:
             return error
         at, size = piece.target_page * frames.layout.page_bytes, frames.layout.page_bytes
         failed = mapping.copy(piece, target[at : at + size], self._check_epoch)
-        return failed or digest_page(frames.buffer, frames.layout, piece.target_page)
+        return failed or digest_page(frames.buffer, frames.layout, piece.target_page, self._digest)
 
     async def drain(self, peer: WorkerId, stream: int) -> None:
         """Nothing to wait for: only the receiver's own thread writes into its pages."""
 
     async def forget(self, peer: WorkerId) -> None:
+        self._addresses.pop(peer, None)
         connection = self._connections.pop(peer, None)
         if connection is None:
             return

@@ -39,7 +39,7 @@ OnClosed = Callable[[HandoffKey, State, BatonError | None], None]
 
 
 class HandoffSource:
-    """`descriptor` is what `transport.serve(frames)` has returned."""
+    """`transport.serve(frames, ...)` has been called."""
 
     def __init__(
         self,
@@ -49,7 +49,6 @@ class HandoffSource:
         pages: Pages,
         frames: Frames,
         transport: Transport,
-        descriptor: bytes,
         clock: Clock,
         random: Random,
         offload: Offload[tuple[PageEntry, ...]],
@@ -60,7 +59,7 @@ class HandoffSource:
         self.me = me
         self._frames = frames
         self._transport = transport
-        self._open = Open(me, me, fingerprint, descriptor)
+        self._fingerprint = fingerprint
         self._clock = clock
         self._offload = offload
         self._on_closed = on_closed
@@ -80,6 +79,7 @@ class HandoffSource:
         self._known: dict[int, PageEntry] = {}  # by page: digests, computed once per content
         # Each entry leases a page or seals a hand-off, so the pool bounds the queue.
         self._digests: asyncio.Queue[e.Digest] = asyncio.Queue(maxsize=16 * frames.pages)
+        self._forgetting: dict[WorkerId, asyncio.Task[None]] = {}
         self._chores = Chores()
         self._dialer: Dialer | None = None
 
@@ -146,13 +146,15 @@ class HandoffSource:
 
     # --- what the sessions call ------------------------------------------------------------------------------
 
-    def opening(self, peer: WorkerId) -> Open:
+    async def opening(self, peer: WorkerId) -> Open:
         """The first message of a session."""
-        return replace(self._open, receiver=peer)
+        await self._forgotten(peer)
+        return Open(self.me, peer, self._fingerprint, await self._transport.invite(peer))
 
-    def check_answer(self, theirs: prints.Fingerprint) -> None:
-        """Raises FingerprintMismatch."""
-        prints.check(self._open.fingerprint, theirs)
+    async def answered(self, answer: Open) -> None:
+        """The receiver's first message. Raises FingerprintMismatch, or HandoffError."""
+        prints.check(self._fingerprint, answer.fingerprint)
+        await self._transport.meet(answer.receiver, answer.descriptor)
 
     def session_up(self, peer: WorkerId) -> None:
         self._handle(e.SessionUp(peer))
@@ -186,7 +188,7 @@ class HandoffSource:
             case e.HangUp(peer):
                 self._dialer.hang_up(peer)
             case e.Forget(peer):
-                self._chores.spawn(self._forget(peer), f"forget {peer}")
+                self._forgetting[peer] = self._chores.spawn(self._forget(peer), f"forget {peer}")
             case e.Digest():
                 self._digests.put_nowait(effect)
             case e.Drain():
@@ -220,7 +222,13 @@ class HandoffSource:
 
     async def _forget(self, peer: WorkerId) -> None:
         await self._transport.forget(peer)
+        self._forgetting.pop(peer, None)
         self._handle(e.Forgotten(peer))
+
+    async def _forgotten(self, peer: WorkerId) -> None:
+        """A peer that is being cut off is met again only when that is done."""
+        if peer in self._forgetting:
+            await asyncio.wait([self._forgetting[peer]])
 
     async def _compute_digests(self) -> None:
         """One at a time, in the order of asking: Sealed is said after the last Ready."""

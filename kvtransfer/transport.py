@@ -11,6 +11,7 @@ from typing import Protocol
 
 from core.errors import HandoffError
 from core.messages import WorkerId
+from kvtransfer.digest import SegmentDigest
 from kvtransfer.frames import Frames
 
 
@@ -23,7 +24,7 @@ class Piece:
     target_page: int
 
 
-Arrival = tuple[int, ...] | HandoffError  # the digests of what now lies in the target page, or why nothing valid does
+Arrival = bytes | HandoffError  # the digests of what now lies in the target page, or why nothing valid does
 
 
 class Transport(Protocol):
@@ -36,19 +37,30 @@ class Transport(Protocol):
     name: str
     settles_on_return: bool
 
-    async def serve(self, frames: Frames) -> bytes:
-        """Take this pool as ours: peers read it, and fetches land in it. Returns the descriptor for peers.
+    async def serve(self, frames: Frames, digest: SegmentDigest) -> None:
+        """Take this pool as ours, once, before anything else: peers read it, and fetches land in it."""
+        ...
 
-        The descriptor is plain data with a version in it. Only workers may see it.
+    async def invite(self, peer: WorkerId) -> bytes:
+        """What this one peer needs to reach us: plain data with a version in it, at most a few KiB.
+
+        It goes to the peer over the control channel, in the first message of a session, and nobody else may see it.
+        The same until the peer is forgotten.
         """
         ...
 
-    async def fetch(
-        self, peer: WorkerId, descriptor: bytes, stream: int, pieces: Sequence[Piece]
-    ) -> list[Arrival]:
+    async def meet(self, peer: WorkerId, descriptor: bytes) -> None:
+        """Take in what the peer's `invite` said. Another descriptor than before means that the peer began anew.
+
+        Raises HandoffError for what no version of ours has written.
+        """
+        ...
+
+    async def fetch(self, peer: WorkerId, stream: int, pieces: Sequence[Piece]) -> list[Arrival]:
         """Bring the pages, in any order, and say for each what arrived: digests, or OutOfBounds, or StalePage.
 
-        Raises PeerLost. Ends soon after it is cancelled, also when the peer has stopped.
+        Raises PeerLost; also for a peer that was never met. Ends soon after it is cancelled, even when the peer has
+        stopped.
         """
         ...
 
@@ -59,7 +71,7 @@ class Transport(Protocol):
     async def forget(self, peer: WorkerId) -> None:
         """Cut the peer off: running fetches from it raise PeerLost; on return nothing of it is mapped or can land.
 
-        A later fetch from the same incarnation begins anew.
+        The same incarnation can be invited and met again.
         """
         ...
 

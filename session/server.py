@@ -110,6 +110,10 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
     async def Metrics(self, request: pb.MetricsRequest, context: ServerContext) -> pb.MetricsReply:
         return pb.MetricsReply(text=self._metrics_text())
 
+    async def Paths(self, request: pb.PathsRequest, context: ServerContext) -> pb.PathsReply:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker does not measure its paths")
+        raise AssertionError("abort raises")
+
     def close(self) -> None:
         """End every stream, so that their calls return before the server stops."""
         self._closing.set()

@@ -12,7 +12,7 @@ from core.hashing import block_hashes, root_hash
 from core.layout import PageLayout
 from core.messages import Peer, Receipt, Token, WorkerId
 from engine.pool import PagePool
-from kvtransfer.digest import XXH3_64
+from kvtransfer.digest import XXH3_64, algorithm
 from kvtransfer.fingerprint import Fingerprint
 from kvtransfer.frames import Frames
 from kvtransfer.intake import Guards
@@ -27,6 +27,7 @@ from kvtransfer.source_link import HandoffSource
 from kvtransfer.states import State
 
 LAYOUT = PageLayout(kv_heads=2, layers=1, page_size=16, head_dim=2, dtype="uint8")
+XXH3 = algorithm(XXH3_64)
 PRINT = Fingerprint("model", LAYOUT, XXH3_64)
 ROOT = root_hash("model")
 
@@ -166,7 +167,6 @@ class Sending:
         name: WorkerId,
         frames: Frames,
         transport: Any,
-        descriptor: bytes,
         clock: Callable[[], float],
         random: Random,
         *,
@@ -188,7 +188,6 @@ class Sending:
             pages=self.pool,
             frames=frames,
             transport=transport,
-            descriptor=descriptor,
             clock=clock,
             random=random,
             offload=offload,
@@ -301,9 +300,9 @@ async def memory_pair(
     p_frames, d_frames = Frames.anonymous(LAYOUT, pages), Frames.anonymous(LAYOUT, pages)
     p_id, d_id = WorkerId("p", 1), WorkerId("d", 1)
     p_transport, d_transport = MemoryTransport(p_id, fabric), MemoryTransport(d_id, fabric)
-    descriptor = await p_transport.serve(p_frames)
-    await d_transport.serve(d_frames)
-    p = Sending(p_id, p_frames, p_transport, descriptor, clock, Random(seed + 2), timing=timing, counters=counters)
+    await p_transport.serve(p_frames, XXH3)
+    await d_transport.serve(d_frames, XXH3)
+    p = Sending(p_id, p_frames, p_transport, clock, Random(seed + 2), timing=timing, counters=counters)
     d = Receiving(d_id, d_frames, d_transport, clock, timing=timing, guards=guards, counters=counters)
     d.link.start(network.add_receiver("d", d.link))
     p.link.start(network.add_source(p.link))

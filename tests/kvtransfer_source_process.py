@@ -7,7 +7,7 @@ import asyncio
 import sys
 from random import Random
 
-from kvtransfer_pair import LAYOUT, Sending, prompt_of
+from kvtransfer_pair import LAYOUT, XXH3, Sending, prompt_of
 
 from core.clock import monotonic_s
 from core.messages import Peer, WorkerId
@@ -20,8 +20,8 @@ from kvtransfer.shm import ShmTransport
 async def main(me: WorkerId, receiver: Peer) -> None:
     frames = Frames.shared(LAYOUT, 257)
     transport = ShmTransport()
-    descriptor = await transport.serve(frames)
-    worker = Sending(me, frames, transport, descriptor, monotonic_s, Random(1), offload=asyncio.to_thread)
+    await transport.serve(frames, XXH3)
+    worker = Sending(me, frames, transport, monotonic_s, Random(1), offload=asyncio.to_thread)
     dialer = HandoffDialer(worker.link, Random(2))
     worker.link.start(dialer)
     tasks = set()

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from kvtransfer_pair import LAYOUT, PRINT, ROOT, Receiving, Sending, content, prompt_of
+from kvtransfer_pair import LAYOUT, PRINT, ROOT, XXH3, Receiving, Sending, content, prompt_of
 
 from core.clock import monotonic_s
 from core.errors import FingerprintMismatch, PeerLost
@@ -28,7 +28,7 @@ from wire import handoff_pb2 as pb
 from wire import handoff_pb2_grpc
 
 KEY = m.HandoffKey("r", 3)
-ENTRY = m.PageEntry(5, b"h" * 16, 17, 2**40, (1, 2**64 - 1))
+ENTRY = m.PageEntry(5, b"h" * 16, 17, 2**40, b"d" * 16)
 TOKENS = (
     Token(0, 4, 99, -0.25, ((99, -0.25), (1, -2.5)), FinishReason.STOP),
     Token(1, 4, 98, None, (), FinishReason.LENGTH),
@@ -92,7 +92,7 @@ class Host:
         self.server: grpc.aio.Server | None = None
 
     async def listen(self, port: int = 0) -> int:
-        await self.worker.transport.serve(self.frames)
+        await self.worker.transport.serve(self.frames, XXH3)
         self.server = grpc.aio.server(options=server.KEEPALIVE)
         self.worker.link.start(server.add_handoff_service(self.server, self.worker.link))
         port = self.server.add_insecure_port(f"127.0.0.1:{port}")
@@ -117,8 +117,8 @@ class Caller:
     def __init__(self, worker: WorkerId, fabric: MemoryFabric) -> None:
         frames = Frames.anonymous(LAYOUT, 65)
         transport = MemoryTransport(worker, fabric)
-        fabric.join(worker, frames)
-        self.worker = Sending(worker, frames, transport, b"memory/1", monotonic_s, Random(1), timing=QUICK)
+        fabric.join(worker, frames, XXH3)
+        self.worker = Sending(worker, frames, transport, monotonic_s, Random(1), timing=QUICK)
         self.dialer = client.HandoffDialer(self.worker.link, Random(2))
         self.worker.link.start(self.dialer)
 
@@ -242,7 +242,7 @@ async def test_a_call_that_does_not_begin_with_open_is_ended(host: Host) -> None
 async def test_a_prompt_with_thousands_of_pages_is_said_in_small_messages() -> None:
     heads = PageLayout(kv_heads=128, layers=1, page_size=16, head_dim=2, dtype="uint8")
     each = READY_BYTES // (ENTRY_BYTES + DIGEST_BYTES * heads.kv_heads)
-    entry = m.PageEntry(2**32 - 1, b"h" * 16, 2**32 - 1, 2**64 - 1, (2**64 - 1,) * heads.kv_heads)
+    entry = m.PageEntry(2**32 - 1, b"h" * 16, 2**32 - 1, 2**64 - 1, b"d" * 8 * heads.kv_heads)
     ready = m.Ready(m.HandoffKey("r" * 200, 2**31), 2**31, (entry,) * each)
     assert READY_BYTES // 2 < client.encode(ready).ByteSize() < server.MAX_MESSAGE_BYTES
 

@@ -41,8 +41,8 @@ POOL = 12
 RUBBISH = b"rubbish"
 
 
-def digest(content: bytes) -> tuple[int, ...]:
-    return (int.from_bytes(content.ljust(8, b"\0")[:8], "little"), len(content))
+def digest(content: bytes) -> bytes:
+    return content.ljust(8, b"\0")[:8] + len(content).to_bytes(8, "little")
 
 
 @dataclass
@@ -396,7 +396,7 @@ class Handoffs(RuleBasedStateMachine):
     def connect(self) -> None:
         if not self.up:
             self.up = True
-            self.at_sink(e.SessionUp(self.source.me, b"descriptor"))
+            self.at_sink(e.SessionUp(self.source.me))
             self.at_source(e.SessionUp(self.sink.me))
 
     # --- bytes ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from random import Random
 
 import grpc.aio
 import pytest
-from kvtransfer_pair import LAYOUT, Prompt, Receiving, prompt_of
+from kvtransfer_pair import LAYOUT, XXH3, Prompt, Receiving, prompt_of
 
 from core.clock import monotonic_s
 from core.errors import PeerLost
@@ -38,7 +38,7 @@ class Sink:
         self.endpoint = ""
 
     async def open(self) -> None:
-        await self.transport.serve(self.frames)
+        await self.transport.serve(self.frames, XXH3)
         self.worker.link.start(server.add_handoff_service(self.server, self.worker.link))
         self.endpoint = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         await self.server.start()

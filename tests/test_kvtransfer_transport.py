@@ -21,7 +21,7 @@ from core.errors import HandoffError, OutOfBounds, PeerLost, StalePage
 from core.layout import PageLayout
 from core.messages import WorkerId
 from kvtransfer import shm
-from kvtransfer.digest import digest_page
+from kvtransfer.digest import XXH3_64, algorithm, digest_page
 from kvtransfer.frames import Frames, epochs_offset, memory_bytes
 from kvtransfer.memory import MemoryFabric, MemoryTransport, Mischief
 from kvtransfer.shm import ShmTransport
@@ -31,6 +31,7 @@ from kvtransfer.transport import Piece, Transport
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = PageLayout(kv_heads=2, layers=2, page_size=16, head_dim=64, dtype="float32")  # 32 KiB
 PAGES = 32
+XXH3 = algorithm(XXH3_64)
 P, D = WorkerId("p", 7), WorkerId("d", 8)
 
 
@@ -47,8 +48,14 @@ class Rig:
     def fill(self, seed: int = 0) -> None:
         self.theirs.buffer[:] = Random(seed).randbytes(len(self.theirs.buffer))
 
+    async def meet(self) -> None:
+        """What the first messages of a session do."""
+        self.descriptor = await self.source.invite(D)
+        await self.receiver.meet(P, self.descriptor)
+        await self.source.meet(D, await self.receiver.invite(P))
+
     async def fetch(self, *pieces: Piece, stream: int = 1) -> list[Any]:
-        return await self.receiver.fetch(P, self.descriptor, stream, pieces)
+        return await self.receiver.fetch(P, stream, pieces)
 
     def same(self, source_page: int, target_page: int) -> bool:
         return bytes(self.theirs.page(source_page)) == bytes(self.ours.page(target_page))
@@ -64,9 +71,10 @@ async def make_rig(kind: str, **options: Any) -> Rig:
         source, receiver = MemoryTransport(P, fabric), MemoryTransport(D, fabric)
     else:
         source, receiver = ShmTransport(), ShmTransport(**options)
-    descriptor = await source.serve(theirs)
-    await receiver.serve(ours)
-    rig = Rig(source, receiver, theirs, ours, descriptor)
+    await source.serve(theirs, XXH3)
+    await receiver.serve(ours, XXH3)
+    rig = Rig(source, receiver, theirs, ours, b"")
+    await rig.meet()
     rig.fill()
     return rig
 
@@ -101,7 +109,7 @@ async def test_pages_arrive_where_they_are_wanted_with_their_digests(rig: Rig) -
     arrivals = await rig.fetch(*(Piece(page, 0, target) for page, target in enumerate(targets)))
     for page, target in enumerate(targets):
         assert rig.same(page, target)
-        assert arrivals[page] == digest_page(rig.theirs.buffer, LAYOUT, page)
+        assert arrivals[page] == digest_page(rig.theirs.buffer, LAYOUT, page, XXH3)
     assert await rig.fetch() == []
 
 
@@ -125,7 +133,7 @@ async def test_a_page_of_another_epoch_is_stale_and_writes_nothing(rig: Rig) -> 
     arrivals = await rig.fetch(Piece(3, 4, 0), Piece(3, 6, 1))
     assert all(isinstance(arrival, StalePage) for arrival in arrivals)
     assert bytes(rig.ours.buffer) == before
-    assert await rig.fetch(Piece(3, 5, 2)) == [digest_page(rig.theirs.buffer, LAYOUT, 3)]
+    assert await rig.fetch(Piece(3, 5, 2)) == [digest_page(rig.theirs.buffer, LAYOUT, 3, XXH3)]
 
 
 async def test_a_page_given_up_while_it_is_read_is_stale(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +160,7 @@ async def test_without_the_epoch_fence_another_prompts_page_would_arrive(kind: s
     rig = await make_rig(kind, check_epoch=False)
     rig.theirs.epochs[3] = 1
     rig.theirs.page(3)[:] = b"z" * LAYOUT.page_bytes
-    assert isinstance((await rig.fetch(Piece(3, 0, 3)))[0], tuple)
+    assert isinstance((await rig.fetch(Piece(3, 0, 3)))[0], bytes)
     assert bytes(rig.ours.page(3)) == b"z" * LAYOUT.page_bytes
     await close(rig)
 
@@ -175,7 +183,7 @@ async def test_a_fetch_can_be_cancelled_at_any_point(rig: Rig, turns: int) -> No
     async with asyncio.timeout(1.0):
         await asyncio.wait([fetch])
     await quiet(rig, rig.receiver.settles_on_return)
-    assert isinstance((await rig.fetch(Piece(0, 0, 0), stream=2))[0], tuple)
+    assert isinstance((await rig.fetch(Piece(0, 0, 0), stream=2))[0], bytes)
 
 
 async def test_forgetting_a_peer_ends_its_fetches_and_nothing_lands_afterwards(rig: Rig) -> None:
@@ -189,7 +197,10 @@ async def test_forgetting_a_peer_ends_its_fetches_and_nothing_lands_afterwards(r
     assert all(isinstance(end, PeerLost | list) for end in ends), ends
     await asyncio.sleep(0.005)
     assert bytes(rig.ours.buffer) == b"q" * len(rig.ours.buffer)
-    assert isinstance((await rig.fetch(Piece(0, 0, 0)))[0], tuple), "a later fetch begins anew"
+    with pytest.raises(PeerLost, match="never met"):
+        await rig.fetch(Piece(0, 0, 0))
+    await rig.meet()
+    assert isinstance((await rig.fetch(Piece(0, 0, 0)))[0], bytes), "a peer that is met again begins anew"
 
 
 async def test_closing_ends_what_is_in_flight(rig: Rig) -> None:
@@ -221,7 +232,7 @@ async def test_bytes_that_are_flipped_and_pages_that_are_swapped_have_other_dige
     for mischief in (Mischief(corrupt=1.0, ghosts=False), Mischief(stale=1.0, ghosts=False)):
         rig = await make_rig("memory", mischief=mischief)
         arrivals = await rig.fetch(*(Piece(page, 0, page) for page in range(8)))
-        right = [digest_page(rig.theirs.buffer, LAYOUT, page) for page in range(8)]
+        right = [digest_page(rig.theirs.buffer, LAYOUT, page, XXH3) for page in range(8)]
         assert sum(found == wanted for found, wanted in zip(arrivals, right, strict=True)) <= 1
         await close(rig)
 
@@ -230,16 +241,16 @@ def test_any_single_flipped_bit_changes_the_digest_of_its_segment_alone() -> Non
     frames = Frames.anonymous(LAYOUT, 2)
     random = Random(3)
     frames.buffer[:] = random.randbytes(len(frames.buffer))
-    before = digest_page(frames.buffer, LAYOUT, 1)
+    before = digest_page(frames.buffer, LAYOUT, 1, XXH3)
     for _ in range(200):
         at = LAYOUT.page_bytes + random.randrange(LAYOUT.page_bytes)
         bit = 1 << random.randrange(8)
         frames.buffer[at] ^= bit
-        after = digest_page(frames.buffer, LAYOUT, 1)
-        changed = [head for head in range(LAYOUT.kv_heads) if before[head] != after[head]]
+        after = digest_page(frames.buffer, LAYOUT, 1, XXH3)
+        changed = [head for head in range(LAYOUT.kv_heads) if before[8 * head :][:8] != after[8 * head :][:8]]
         assert changed == [(at - LAYOUT.page_bytes) // LAYOUT.segment_bytes]
         frames.buffer[at] ^= bit
-    assert digest_page(frames.buffer, LAYOUT, 1) == before
+    assert digest_page(frames.buffer, LAYOUT, 1, XXH3) == before
 
 
 # --- frames --------------------------------------------------------------------------------------------------
@@ -300,7 +311,7 @@ async def test_without_the_token_there_is_no_pool(shm_rig: Rig) -> None:
 )  # fmt: skip
 async def test_a_broken_descriptor_is_an_error_of_the_hand_off(shm_rig: Rig, descriptor: bytes) -> None:
     with pytest.raises(HandoffError):
-        await shm_rig.receiver.fetch(WorkerId("x", 1), descriptor, 1, [Piece(0, 0, 0)])
+        await shm_rig.receiver.meet(WorkerId("x", 1), descriptor)
 
 
 async def test_a_pool_that_could_shrink_is_not_mapped() -> None:
@@ -329,8 +340,9 @@ async def test_a_pool_that_could_shrink_is_not_mapped() -> None:
 
 async def test_a_pool_of_another_page_size_is_refused(shm_rig: Rig) -> None:
     other = replace(PoolAddress.decode(shm_rig.descriptor), page_bytes=64)
+    await shm_rig.receiver.meet(P, other.encode())
     with pytest.raises(HandoffError, match="64 bytes there"):
-        await shm_rig.receiver.fetch(P, other.encode(), 1, [Piece(0, 0, 0)])
+        await shm_rig.fetch(Piece(0, 0, 0))
 
 
 def open_files() -> int:
@@ -344,11 +356,13 @@ def mapped_pools() -> int:
 async def test_ten_thousand_transfers_leave_nothing_behind(shm_rig: Rig) -> None:
     await shm_rig.fetch(Piece(0, 0, 0))
     await shm_rig.receiver.forget(P)
+    await shm_rig.meet()
     files, maps, threads = open_files(), mapped_pools(), threading.active_count()
     for number in range(100):
         for _ in range(5):
             await shm_rig.fetch(*(Piece(page % PAGES, 0, page % PAGES) for page in range(20)), stream=number)
         await shm_rig.receiver.forget(P)
+        await shm_rig.meet()
     assert (open_files(), mapped_pools(), threading.active_count()) == (files, maps, threads)
 
 
@@ -400,6 +414,8 @@ async def test_pages_that_are_reused_while_they_are_read_are_never_served(fenced
 SOURCE = """
 import asyncio, sys
 from core.layout import PageLayout
+from core.messages import WorkerId
+from kvtransfer.digest import XXH3_64, algorithm
 from kvtransfer.frames import Frames
 from kvtransfer.shm import ShmTransport
 
@@ -407,7 +423,9 @@ async def main():
     frames = Frames.shared(PageLayout(2, 2, 16, 64, "float32"), 32)
     for page in range(32):
         frames.page(page)[:] = bytes([page]) * frames.layout.page_bytes
-    print((await ShmTransport().serve(frames)).decode(), flush=True)
+    transport = ShmTransport()
+    await transport.serve(frames, algorithm(XXH3_64))
+    print((await transport.invite(WorkerId("d", 8))).decode(), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 asyncio.run(main())
@@ -419,12 +437,11 @@ class Elsewhere:
     """A source in another process, and our receiver."""
 
     process: asyncio.subprocess.Process
-    descriptor: bytes
     receiver: ShmTransport
     ours: Frames
 
     def fetch(self, page: int) -> asyncio.Future[list[Any]]:
-        return asyncio.ensure_future(self.receiver.fetch(P, self.descriptor, 1, [Piece(page, 0, page)]))
+        return asyncio.ensure_future(self.receiver.fetch(P, 1, [Piece(page, 0, page)]))
 
 
 @pytest.fixture
@@ -436,8 +453,9 @@ async def elsewhere() -> AsyncIterator[Elsewhere]:
     descriptor = (await process.stdout.readline()).strip()
     ours = Frames.shared(LAYOUT, PAGES)
     receiver = ShmTransport(patience_s=0.5)
-    await receiver.serve(ours)
-    yield Elsewhere(process, descriptor, receiver, ours)
+    await receiver.serve(ours, XXH3)
+    await receiver.meet(P, descriptor)
+    yield Elsewhere(process, receiver, ours)
     if process.returncode is None:
         process.kill()
     await process.wait()

@@ -246,7 +246,7 @@ class Open(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DESCRIPTOR_FIELD_NUMBER: _builtins.int
     descriptor: _builtins.bytes
-    """of the source's pool, for the receiver's transport"""
+    """what the sender's transport has for the other's"""
     @_builtins.property
     def source(self) -> Global___WorkerId: ...
     @_builtins.property
@@ -303,9 +303,12 @@ class Next(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     prompt_tokens: _builtins.int
     choices: _builtins.int
+    ticket: _builtins.bytes
+    """the router's permission for this hand-off"""
     @_builtins.property
     def key(self) -> Global___Key: ...
     def __init__(
@@ -315,10 +318,11 @@ class Next(_message.Message):
         number: _builtins.int = ...,
         prompt_tokens: _builtins.int = ...,
         choices: _builtins.int = ...,
+        ticket: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "key", b"key", "number", b"number", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "key", b"key", "number", b"number", "prompt_tokens", b"prompt_tokens", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,10 +425,8 @@ class PageEntry(_message.Message):
     block_hash: _builtins.bytes
     page: _builtins.int
     epoch: _builtins.int
-    @_builtins.property
-    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """one per KV head"""
-
+    digests: _builtins.bytes
+    """one per KV head, one after the other"""
     def __init__(
         self,
         *,
@@ -432,7 +434,7 @@ class PageEntry(_message.Message):
         block_hash: _builtins.bytes = ...,
         page: _builtins.int = ...,
         epoch: _builtins.int = ...,
-        digests: _abc.Iterable[_builtins.int] | None = ...,
+        digests: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

@@ -54,6 +54,11 @@ class WorkerStub:
                 request_serializer=wire_dot_session__pb2.MetricsRequest.SerializeToString,
                 response_deserializer=wire_dot_session__pb2.MetricsReply.FromString,
                 _registered_method=True)
+        self.Paths = channel.unary_unary(
+                '/baton.session.v1.Worker/Paths',
+                request_serializer=wire_dot_session__pb2.PathsRequest.SerializeToString,
+                response_deserializer=wire_dot_session__pb2.PathsReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -85,6 +90,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Paths(self, request, context):
+        """How this worker's pages come from each of its peers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -107,6 +119,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Metrics,
                     request_deserializer=wire_dot_session__pb2.MetricsRequest.FromString,
                     response_serializer=wire_dot_session__pb2.MetricsReply.SerializeToString,
+            ),
+            'Paths': grpc.unary_unary_rpc_method_handler(
+                    servicer.Paths,
+                    request_deserializer=wire_dot_session__pb2.PathsRequest.FromString,
+                    response_serializer=wire_dot_session__pb2.PathsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -217,6 +234,33 @@ class Worker:
             '/baton.session.v1.Worker/Metrics',
             wire_dot_session__pb2.MetricsRequest.SerializeToString,
             wire_dot_session__pb2.MetricsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Paths(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.session.v1.Worker/Paths',
+            wire_dot_session__pb2.PathsRequest.SerializeToString,
+            wire_dot_session__pb2.PathsReply.FromString,
             options,
             channel_credentials,
             insecure,

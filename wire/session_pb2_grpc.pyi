@@ -41,6 +41,8 @@ class WorkerStub:
     """Answers after one turn of the engine's loop."""
     Metrics: _grpc.UnaryUnaryMultiCallable[_session_pb2.MetricsRequest, _session_pb2.MetricsReply]
     """The worker's metrics as Prometheus text."""
+    Paths: _grpc.UnaryUnaryMultiCallable[_session_pb2.PathsRequest, _session_pb2.PathsReply]
+    """How this worker's pages come from each of its peers."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -51,6 +53,8 @@ class WorkerAsyncStub(WorkerStub):
     """Answers after one turn of the engine's loop."""
     Metrics: _aio.UnaryUnaryMultiCallable[_session_pb2.MetricsRequest, _session_pb2.MetricsReply]  # type: ignore[assignment]
     """The worker's metrics as Prometheus text."""
+    Paths: _aio.UnaryUnaryMultiCallable[_session_pb2.PathsRequest, _session_pb2.PathsReply]  # type: ignore[assignment]
+    """How this worker's pages come from each of its peers."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -82,5 +86,13 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.MetricsReply, _abc.Awaitable[_session_pb2.MetricsReply]]:
         """The worker's metrics as Prometheus text."""
+
+    @_abc_1.abstractmethod
+    def Paths(
+        self,
+        request: _session_pb2.PathsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.PathsReply, _abc.Awaitable[_session_pb2.PathsReply]]:
+        """How this worker's pages come from each of its peers."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

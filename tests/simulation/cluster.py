@@ -15,6 +15,7 @@ from core.messages import Role, WorkerId, WorkerInfo
 from core.sampling import SamplingParams
 from engine.batch import Batch, Executor, RowResult
 from engine.hashchain import LAYOUT, HashChainExecutor
+from kvtransfer.digest import XXH3_64, algorithm
 from kvtransfer.frames import Frames
 from kvtransfer.memory import CALM, MemoryFabric, MemoryTransport, Mischief
 from kvtransfer.session_memory import MemoryNetwork, Weather
@@ -59,13 +60,12 @@ class SimWorker:
         cluster, loop = self.cluster, asyncio.get_running_loop()
         kind = cluster.engine
         self.frames = Frames.anonymous(kind.layout, cluster.pages)
-        cluster.fabric.join(self.id, self.frames)
         transport = MemoryTransport(self.id, cluster.fabric)
+        await transport.serve(self.frames, algorithm(XXH3_64))
         machine = Machine(
             executor=kind.executor(self.frames.buffer),
             frames=self.frames,
             transport=transport,
-            descriptor=await transport.serve(self.frames),
             clock=loop.time,
             random=Random(cluster.random.random()),
             run_blocking=self._step,
