@@ -13,6 +13,8 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
+
 from core.layout import PageLayout
 from core.sampling import SamplingParams
 from engine.batch import Batch, Row, RowResult, SampledToken, SampleSpec
@@ -57,27 +59,25 @@ class HashChainExecutor:
     layout = LAYOUT
 
     def __init__(self, frames: memoryview, vocabulary: int = 1000) -> None:
-        self._frames = frames
+        blocks = LAYOUT.kv_heads * LAYOUT.parts
+        self._pages = np.frombuffer(frames, np.uint8).reshape(-1, blocks, LAYOUT.page_size, LAYOUT.head_dim)
         self._vocabulary = vocabulary
 
     def execute(self, batch: Batch) -> list[RowResult]:
         for copy in batch.copies:
-            size = LAYOUT.page_bytes
-            source = bytes(self._frames[copy.source * size : (copy.source + 1) * size])
-            self._frames[copy.target * size : (copy.target + 1) * size] = source
+            self._pages[copy.target] = self._pages[copy.source]
         for row in batch.rows:
             for offset, token_id in enumerate(row.ids):
                 self._write(row.pages, row.start + offset, kv_of(token_id, row.start + offset))
         return [self._sample(row) for row in batch.rows]
 
     def zero_tail(self, page: int, used_tokens: int) -> None:
-        for slot in range(used_tokens, LAYOUT.page_size):
-            self._write([page], slot, bytes(_TOKEN_BYTES))
+        self._pages[page, :, used_tokens:] = 0
 
     def _sample(self, row: Row) -> RowResult:
         if row.sample is None:
             return RowResult()
-        kv = b"".join(self._read(row.pages, position) for position in range(row.start + len(row.ids)))
+        kv = self._read(row.pages, row.start + len(row.ids))
         return RowResult(tuple(self._choose(row.sample, kv, choice) for choice in row.sample.choices))
 
     def _choose(self, spec: SampleSpec, kv: bytes, choice: int) -> SampledToken:
@@ -85,17 +85,12 @@ class HashChainExecutor:
         seed, choice = (0, 0) if greedy else (spec.seed, choice)
         return SampledToken(next_token(spec.history, kv, seed, choice, self._vocabulary))
 
-    def _slices(self, pages: Sequence[int], position: int) -> list[slice]:
-        """Where the bytes of one position lie: per head, per part, head_dim bytes."""
-        page, slot = pages[position // LAYOUT.page_size], position % LAYOUT.page_size
-        base = page * LAYOUT.page_bytes + slot * LAYOUT.head_dim
-        part_bytes = LAYOUT.page_size * LAYOUT.head_dim
-        blocks = LAYOUT.kv_heads * LAYOUT.parts
-        return [slice(base + b * part_bytes, base + b * part_bytes + LAYOUT.head_dim) for b in range(blocks)]
-
     def _write(self, pages: Sequence[int], position: int, kv: bytes) -> None:
-        for block, where in enumerate(self._slices(pages, position)):
-            self._frames[where] = kv[block * LAYOUT.head_dim : (block + 1) * LAYOUT.head_dim]
+        """Per head and part, head_dim bytes."""
+        page, slot = divmod(position, LAYOUT.page_size)
+        self._pages[pages[page], :, slot] = np.frombuffer(kv, np.uint8).reshape(-1, LAYOUT.head_dim)
 
-    def _read(self, pages: Sequence[int], position: int) -> bytes:
-        return b"".join(bytes(self._frames[where]) for where in self._slices(pages, position))
+    def _read(self, pages: Sequence[int], tokens: int) -> bytes:
+        """The KV of the first `tokens` positions, in their order."""
+        found = self._pages[list(pages[: LAYOUT.pages_for(tokens)])]
+        return found.transpose(0, 2, 1, 3).tobytes()[: tokens * _TOKEN_BYTES]

@@ -14,7 +14,7 @@ content. One thread owns a pool; nothing here locks.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 SCRATCH_PAGE = 0
@@ -33,6 +33,8 @@ class PagePool:
         self._operations = [0] * pages  # transfers that may still write into (or read from) the page
         self._hashes: list[bytes | None] = [None] * pages
         self._free = list(range(pages - 1, SCRATCH_PAGE, -1))
+        self._states = ["free"] * pages
+        self._counts = dict.fromkeys(STATES, 0) | {"free": pages - 1}
         self._index: dict[bytes, int] = {}  # block hash -> the page that holds it
         self._evictable: OrderedDict[int, None] = OrderedDict()  # cached pages, least recently used first
         self._stored: list[bytes] = []
@@ -59,6 +61,7 @@ class PagePool:
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._owners[page] = 1
+            self._note(page)
         return taken
 
     def acquire(self, pages: Iterable[int]) -> None:
@@ -67,6 +70,7 @@ class PagePool:
             assert self._owners[page] or self._leases[page] or self._hashes[page] is not None, page
             self._owners[page] += 1
             self._evictable.pop(page, None)
+            self._note(page)
 
     def release(self, page: int) -> None:
         """Drop one ownership; the last one leaves the page cached, if it was registered."""
@@ -116,6 +120,7 @@ class PagePool:
     def lease(self, page: int) -> None:
         assert self._owners[page] or self._leases[page], page
         self._leases[page] += 1
+        self._note(page)
 
     def unlease(self, page: int) -> None:
         assert self._leases[page] > 0, page
@@ -148,16 +153,14 @@ class PagePool:
         return "quarantined" if self._operations[page] else "free"
 
     def counts(self) -> dict[str, int]:
-        """Pages by state, without the scratch frame."""
-        counts = dict.fromkeys(STATES, 0)
-        for page in range(1, self.pages):
-            counts[self.state(page)] += 1
-        return counts
+        """Pages by state, without the scratch frame. Kept as they change: a load report costs nothing by the page."""
+        return dict(self._counts)
 
     def check(self) -> None:
         """Assert that every page is where its holders say. For idle moments and the end of every test."""
         counts = self.counts()
-        assert sum(counts.values()) == self.capacity, counts
+        found = Counter(self.state(page) for page in range(1, self.pages))
+        assert counts == {state: found[state] for state in STATES}, (counts, found)
         assert len(set(self._free)) == len(self._free) == counts["free"], (counts, len(self._free))
         assert all(self.state(page) == "free" for page in self._free)
         assert all(self._hashes[page] == value for value, page in self._index.items())
@@ -165,6 +168,7 @@ class PagePool:
 
     def _settled(self, page: int) -> None:
         """A holder has gone: the page becomes evictable or free when it was the last."""
+        self._note(page)
         if self._owners[page] or self._leases[page] or self._operations[page]:
             return
         if self._hashes[page] is None:
@@ -183,6 +187,14 @@ class PagePool:
         self._removed.append(value)
         self._epochs[page] += 1
         self._free.append(page)
+        self._note(page)
+
+    def _note(self, page: int) -> None:
+        """Count the page in the state that it is in now."""
+        state = self.state(page)
+        self._counts[self._states[page]] -= 1
+        self._counts[state] += 1
+        self._states[page] = state
 
 
 def _nothing() -> None:
