@@ -11,6 +11,7 @@ DEFAULT_SEEDS = 50
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seeds", type=int, default=DEFAULT_SEEDS, help="seeds for tests marked simulation")
+    parser.addoption("--chaos-full", action="store_true", help="tests/chaos: all the harm, instead of a quick part")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,0 +1,24 @@
+"""Makes the transports that real workers use, by name."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from core.messages import WorkerId
+from kvtransfer.shm import ShmTransport
+from kvtransfer.transport import Transport
+
+NAMES = ["shm", "ucx"]
+
+
+def make_transport(name: str, me: WorkerId) -> Transport:
+    """Skips the test when this machine has no library for it."""
+    if name == "shm":
+        return ShmTransport()
+    if find_spec("ucxx") is None or find_spec("kvtransfer.ucx") is None:
+        pytest.skip("ucxx is not installed")
+    from kvtransfer.ucx import UcxTransport
+
+    return UcxTransport(me)
