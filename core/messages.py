@@ -1,6 +1,6 @@
 """What router and workers say to each other, as plain values. The wire codes them; simulation passes them as they are.
 
-router -> worker   Submit, Cancel
+router -> worker   Submit, Cancel, Lend
 worker -> router   TokenBatch, RequestFailed   (the token stream: one message per step, whatever the number of rows)
                    Load, PagesChanged          (the event stream: may be dropped, a gap is seen by its number)
 """
@@ -79,6 +79,24 @@ class Submit:
     finished: tuple[int, ...] = ()  # choices that have ended and are not decoded again
     salt: bytes = b""  # the tenant's: prefixes are shared only under one salt
     priority: int = 0  # lower goes first
+    lender: Peer | None = None  # it has been told to lend the first `lent_tokens` of the prompt
+    lent_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """To a worker that has these tokens in its prefix cache: hand their pages to the peer, which computes the rest.
+
+    Nothing depends on it: whatever is not lent is computed.
+    """
+
+    request_id: str
+    attempt: int
+    prompt_ids: tuple[int, ...]  # whole pages of them
+    peer: Peer
+    deadline_s: float  # a duration; after it the peer computes
+    salt: bytes = b""
+    ticket: bytes = b""  # the router's permission
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +131,19 @@ class Receipt:
     transferred_tokens: int = 0  # of those cached or computed at prefill: not a part of the sum
     exposed_transfer_s: float = 0.0  # from the seal to the commit: what compute did not hide
     queue_s: float = 0.0
+    transferred_bytes: int = 0  # of the pages that were moved
+    hidden_bytes: int = 0  # of those, verified before the seal was heard: moved while later pages were computed
+    transfer_s: float = 0.0  # how long bytes of it were under way
+    fetched_tokens: int = 0  # that prefill had from another worker's cache
 
     @property
     def prompt_tokens(self) -> int:
-        return self.cached_prefill_tokens + self.cached_decode_tokens + self.computed_tokens
+        return self.cached_prefill_tokens + self.cached_decode_tokens + self.fetched_tokens + self.computed_tokens
+
+    @property
+    def overlap(self) -> float | None:
+        """Share of the bytes that were hidden behind compute. None: nothing was moved."""
+        return self.hidden_bytes / self.transferred_bytes if self.transferred_bytes else None
 
 
 @dataclass(frozen=True, slots=True)

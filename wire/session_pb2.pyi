@@ -574,6 +574,10 @@ class Receipt(_message.Message):
     TRANSFERRED_TOKENS_FIELD_NUMBER: _builtins.int
     EXPOSED_TRANSFER_S_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
+    TRANSFERRED_BYTES_FIELD_NUMBER: _builtins.int
+    HIDDEN_BYTES_FIELD_NUMBER: _builtins.int
+    TRANSFER_S_FIELD_NUMBER: _builtins.int
+    FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
     cached_prefill_tokens: _builtins.int
     cached_decode_tokens: _builtins.int
     computed_tokens: _builtins.int
@@ -581,6 +585,10 @@ class Receipt(_message.Message):
     transferred_tokens: _builtins.int
     exposed_transfer_s: _builtins.float
     queue_s: _builtins.float
+    transferred_bytes: _builtins.int
+    hidden_bytes: _builtins.int
+    transfer_s: _builtins.float
+    fetched_tokens: _builtins.int
     def __init__(
         self,
         *,
@@ -591,10 +599,14 @@ class Receipt(_message.Message):
         transferred_tokens: _builtins.int = ...,
         exposed_transfer_s: _builtins.float = ...,
         queue_s: _builtins.float = ...,
+        transferred_bytes: _builtins.int = ...,
+        hidden_bytes: _builtins.int = ...,
+        transfer_s: _builtins.float = ...,
+        fetched_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_decode_tokens", b"cached_decode_tokens", "cached_prefill_tokens", b"cached_prefill_tokens", "computed_tokens", b"computed_tokens", "exposed_transfer_s", b"exposed_transfer_s", "queue_s", b"queue_s", "recomputed_tokens", b"recomputed_tokens", "transferred_tokens", b"transferred_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_decode_tokens", b"cached_decode_tokens", "cached_prefill_tokens", b"cached_prefill_tokens", "computed_tokens", b"computed_tokens", "exposed_transfer_s", b"exposed_transfer_s", "fetched_tokens", b"fetched_tokens", "hidden_bytes", b"hidden_bytes", "queue_s", b"queue_s", "recomputed_tokens", b"recomputed_tokens", "transfer_s", b"transfer_s", "transferred_bytes", b"transferred_bytes", "transferred_tokens", b"transferred_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
