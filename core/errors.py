@@ -12,6 +12,7 @@ BatonError
 ├── Overloaded                   the client may come back after `retry_after_s`
 │   ├── QueueFull                429  RESOURCE_EXHAUSTED
 │   └── NoCapacity               503  UNAVAILABLE
+├── RegistryAway                 503  UNAVAILABLE          shared state cannot be reached; serving goes on without
 ├── Cancelled                    499  CANCELLED            the client left
 ├── DeadlineExceeded             504  DEADLINE_EXCEEDED
 ├── WorkerError                  the router may try another worker
@@ -112,6 +113,12 @@ class QueueFull(Overloaded):
 
 class NoCapacity(Overloaded):
     code = "no_capacity"
+
+
+class RegistryAway(BatonError):
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
+    code = "registry_away"
 
 
 class Cancelled(BatonError):
