@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import grpc
@@ -52,6 +52,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 17 << 20),
     ("grpc.use_local_subchannel_pool", 1),
 )
+_RECEIPT = tuple(field.name for field in fields(Receipt))
 _ROLES = {pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE, pb.ROLE_AGGREGATED: Role.AGGREGATED}
 _FINISHES = {pb.FINISH_STOP: FinishReason.STOP, pb.FINISH_LENGTH: FinishReason.LENGTH}
 
@@ -326,15 +327,7 @@ def _decode_token(m: pb.Token) -> Token:
 
 
 def _decode_receipt(m: pb.Receipt) -> Receipt:
-    return Receipt(
-        m.cached_prefill_tokens,
-        m.cached_decode_tokens,
-        m.computed_tokens,
-        m.recomputed_tokens,
-        m.transferred_tokens,
-        m.exposed_transfer_s,
-        m.queue_s,
-    )
+    return Receipt(**{name: getattr(m, name) for name in _RECEIPT})
 
 
 def _decode_failed(m: pb.RequestFailed) -> RequestFailed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import grpc
@@ -256,15 +257,7 @@ def _encode_token(token: Token) -> pb.Token:
 
 
 def _encode_receipt(receipt: Receipt) -> pb.Receipt:
-    return pb.Receipt(
-        cached_prefill_tokens=receipt.cached_prefill_tokens,
-        cached_decode_tokens=receipt.cached_decode_tokens,
-        computed_tokens=receipt.computed_tokens,
-        recomputed_tokens=receipt.recomputed_tokens,
-        transferred_tokens=receipt.transferred_tokens,
-        exposed_transfer_s=receipt.exposed_transfer_s,
-        queue_s=receipt.queue_s,
-    )
+    return pb.Receipt(**asdict(receipt))
 
 
 def _encode_event(event: Load | PagesChanged) -> pb.Event:

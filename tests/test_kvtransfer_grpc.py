@@ -34,7 +34,7 @@ TOKENS = (
     Token(1, 4, 98, None, (), FinishReason.LENGTH),
     Token(2, 4, 97),
 )
-RECEIPT = Receipt(1, 2, 3, 4, 5, 0.5, 0.25)
+RECEIPT = Receipt(1, 2, 3, 4, 5, 0.5, 0.25, 6, 7, 0.75)
 TO_RECEIVER: list[m.ToReceiver] = [
     m.Next(KEY, 1, 100, 4),
     m.Ready(KEY, 2, (ENTRY, replace(ENTRY, position=6))),

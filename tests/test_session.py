@@ -248,7 +248,7 @@ class TestOverGrpc:
     async def test_tokens_failures_and_cancels(self, wire: Wire) -> None:
         wire.workers.submit(INFO.worker, SUBMIT)
         await asyncio.sleep(0.1)
-        receipt = Receipt(1, 2, 3, 4, 5, 0.25, 0.5)
+        receipt = Receipt(1, 2, 3, 4, 5, 0.25, 0.5, 6, 7, 0.75)
         sent = Tokens("r", 1, (Token(1, 0, 9, -1.5, ((9, -1.5),), FinishReason.STOP),), receipt)
         wire.outlet.send([sent])
         assert await wire.next() == sent
