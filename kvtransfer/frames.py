@@ -1,6 +1,9 @@
-"""The memory of a page pool: all frames in one allocation, then one epoch per page, so that peers can map it whole.
+"""The memory of a page pool: all frames in one allocation, then one epoch per frame, so that peers can map it whole.
 
-    [pages][page_bytes]   pad to 4096   [pages] u64 epochs
+    [pages + 2][page_bytes]   pad to 4096   [pages + 2] u64 epochs
+
+Two frames lie beyond the pool's pages, and no sequence ever owns them: the pattern, which peers fetch to prove the path
+from here, and the landing, where our own proofs arrive. Only a proof may touch them, and it may touch nothing else.
 
 Anonymous memory serves a worker whose peers live in the same process (or that has none); a memfd can be passed to
 another process. It is sealed against resizing, so that a reader is never killed by SIGBUS, and against further
@@ -22,6 +25,7 @@ from core.layout import PageLayout
 
 ALIGN = mmap.PAGESIZE
 EPOCH_BYTES = 8
+PROOF_FRAMES = 2  # the pattern, then the landing
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python names it from 3.13 on
 MADV_POPULATE_WRITE = 23  # linux/mman.h, Linux 5.14
@@ -31,12 +35,23 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def memory_bytes(pages: int, page_bytes: int) -> int:
-    """Size of the allocation: frames and epochs, each beginning on a page of the machine's memory."""
-    return epochs_offset(pages, page_bytes) + _aligned(pages * EPOCH_BYTES)
+    """Size of the allocation for a pool of so many pages: frames and epochs, each aligned to the machine's memory."""
+    return epochs_offset(pages, page_bytes) + _aligned((pages + PROOF_FRAMES) * EPOCH_BYTES)
 
 
 def epochs_offset(pages: int, page_bytes: int) -> int:
-    return _aligned(pages * page_bytes)
+    return _aligned((pages + PROOF_FRAMES) * page_bytes)
+
+
+def pattern_of(pages: int) -> int:
+    """The frame that proofs fetch, in a pool of so many pages."""
+    return pages
+
+
+def check_source(index: int, pages: int, *, proof: bool) -> None:
+    """Raise OutOfBounds unless a fetch may read this frame of a pool of so many pages."""
+    if not (index == pattern_of(pages) if proof else 0 <= index < pages):
+        raise OutOfBounds(f"page {index} of a pool of {pages}")
 
 
 def _aligned(size: int) -> int:
@@ -44,7 +59,10 @@ def _aligned(size: int) -> int:
 
 
 class Frames:
-    """Owns the memory. `buffer` is for the engine (writable, pages * page_bytes), `epochs` for the pool."""
+    """Owns the memory. `buffer` is for the engine (writable, pages * page_bytes), `epochs` for the pool.
+
+    `everything` is for transports: the pool's pages, the pattern and the landing. The epoch of these two is always 0.
+    """
 
     def __init__(self, layout: PageLayout, pages: int, memory: mmap.mmap, fd: int | None) -> None:
         self.layout = layout
@@ -53,6 +71,7 @@ class Frames:
         self._memory = memory
         whole = memoryview(memory)
         at = epochs_offset(pages, layout.page_bytes)
+        self.everything = whole[: (pages + PROOF_FRAMES) * layout.page_bytes]
         self.buffer = whole[: pages * layout.page_bytes]
         self.epochs = whole[at : at + pages * EPOCH_BYTES].cast("Q")
         whole.release()
@@ -79,16 +98,40 @@ class Frames:
             raise
         return cls(layout, pages, memory, fd)
 
+    @property
+    def pattern(self) -> int:
+        return pattern_of(self.pages)
+
+    @property
+    def landing(self) -> int:
+        return self.pages + 1
+
     def page(self, index: int) -> memoryview:
         """The bytes of one page. Raises OutOfBounds."""
         self.check(index)
+        return self.frame(index)
+
+    def frame(self, index: int) -> memoryview:
+        """The bytes of one frame, which has been checked."""
         size = self.layout.page_bytes
-        return self.buffer[index * size : (index + 1) * size]
+        return self.everything[index * size : (index + 1) * size]
+
+    def epoch(self, index: int) -> int:
+        """Of one frame, which has been checked."""
+        return self.epochs[index] if index < self.pages else 0
 
     def check(self, index: int) -> None:
         """Raise OutOfBounds for an index that is not one of this pool's pages."""
-        if not 0 <= index < self.pages:
-            raise OutOfBounds(f"page {index} of a pool of {self.pages}")
+        check_source(index, self.pages, proof=False)
+
+    def check_source(self, index: int, *, proof: bool) -> None:
+        """Raise OutOfBounds unless a peer's fetch may read this frame: a page, or for a proof the pattern alone."""
+        check_source(index, self.pages, proof=proof)
+
+    def check_target(self, index: int, *, proof: bool) -> None:
+        """Raise OutOfBounds unless a fetch may write this frame: a page, or for a proof the landing alone."""
+        if not (index == self.landing if proof else 0 <= index < self.pages):
+            raise OutOfBounds(f"frame {index} as the target in a pool of {self.pages}")
 
     def close(self) -> None:
         """Give the memory back, unless somebody still looks at it: then it goes with the last view."""
@@ -96,6 +139,7 @@ class Frames:
             os.close(self.fd)
             self.fd = None
         try:
+            self.everything.release()
             self.buffer.release()
             self.epochs.release()
             self._memory.close()

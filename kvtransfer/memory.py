@@ -17,7 +17,7 @@ from core.errors import HandoffError, OutOfBounds, PeerLost, StalePage
 from core.messages import WorkerId
 from kvtransfer.digest import SegmentDigest, digest_page
 from kvtransfer.frames import Frames
-from kvtransfer.transport import Arrival, Piece
+from kvtransfer.transport import PROOF_STREAM, Arrival, Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +131,16 @@ class MemoryFabric:
 
     def _admit(self, operation: _Operation, piece: Piece) -> HandoffError | None:
         source, target = self._pool(operation.source), self._pool(operation.receiver)
+        proof = operation.stream == PROOF_STREAM
         try:
-            source.check(piece.source_page)
-            target.check(piece.target_page)
+            source.check_source(piece.source_page, proof=proof)
+            target.check_target(piece.target_page, proof=proof)
         except OutOfBounds as error:
             return error
         return self._stale(source, piece)
 
     def _stale(self, source: Frames, piece: Piece) -> StalePage | None:
-        found = source.epochs[piece.source_page]
+        found = source.epoch(piece.source_page)
         if self._check_epoch and found != piece.epoch:
             return StalePage(f"page {piece.source_page} is at epoch {found}, not {piece.epoch}")
         return None
@@ -150,8 +151,8 @@ class MemoryFabric:
         if self._random.random() < self.mischief.stale:
             page = self._random.randrange(source.pages)
         start, end = part * size // self.mischief.steps, (part + 1) * size // self.mischief.steps
-        into = target.page(piece.target_page)
-        into[start:end] = source.page(page)[start:end]
+        into = target.frame(piece.target_page)
+        into[start:end] = source.frame(page)[start:end]
         if self._random.random() < self.mischief.corrupt:
             into[self._random.randrange(start, end)] ^= 1 << self._random.randrange(8)
 
@@ -160,7 +161,7 @@ class MemoryFabric:
         if stale is not None:
             return stale
         target = self._pool(operation.receiver)
-        return digest_page(target.buffer, target.layout, piece.target_page, self._digest)
+        return digest_page(target.everything, target.layout, piece.target_page, self._digest)
 
     # --- ghosts ----------------------------------------------------------------------------------------------
 
@@ -176,9 +177,9 @@ class MemoryFabric:
         while operation.receiver in self._pools:
             await asyncio.sleep(self._random.uniform(0.0, 2.0) * self.mischief.ghost_delay_s)
             target = self._pools.get(operation.receiver)
-            pieces = [piece for piece in operation.pieces if target and 0 <= piece.target_page < target.pages]
+            pieces = [piece for piece in operation.pieces if target and _lands(target, operation.stream, piece)]
             if target is not None and pieces:
-                into = target.page(self._random.choice(pieces).target_page)
+                into = target.frame(self._random.choice(pieces).target_page)
                 into[self._random.randrange(len(into))] = self._random.randrange(256)
 
     def _end(self, operation: _Operation) -> None:
@@ -186,6 +187,14 @@ class MemoryFabric:
             self._operations.remove(operation)
         if operation.ghost is not None:
             operation.ghost.cancel()
+
+
+def _lands(target: Frames, stream: int, piece: Piece) -> bool:
+    try:
+        target.check_target(piece.target_page, proof=stream == PROOF_STREAM)
+    except OutOfBounds:
+        return False
+    return True
 
 
 class MemoryTransport:

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from core.errors import HandoffError, OutOfBounds, PeerLost, StalePage
 from core.messages import WorkerId
 from kvtransfer.digest import SegmentDigest, digest_page
-from kvtransfer.frames import Frames, epochs_offset
+from kvtransfer.frames import PROOF_FRAMES, Frames, check_source, epochs_offset
 from kvtransfer.shm_socket import TOKEN_BYTES, PoolAddress, PoolSocket, ask_for_pool
-from kvtransfer.transport import Arrival, Piece
+from kvtransfer.transport import PROOF_STREAM, Arrival, Piece
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -34,14 +34,12 @@ class _Mapping:
     def __init__(self, fd: int, address: PoolAddress) -> None:
         self.address = address
         self._memory = mmap.mmap(fd, address.size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-        at = epochs_offset(address.pages, address.page_bytes)
-        self._bytes: Bytes = np.frombuffer(self._memory, np.uint8, address.pages * address.page_bytes)
-        self._epochs: npt.NDArray[np.uint64] = np.frombuffer(self._memory, np.uint64, address.pages, at)
+        at, frames = epochs_offset(address.pages, address.page_bytes), address.pages + PROOF_FRAMES
+        self._bytes: Bytes = np.frombuffer(self._memory, np.uint8, frames * address.page_bytes)
+        self._epochs: npt.NDArray[np.uint64] = np.frombuffer(self._memory, np.uint64, frames, at)
 
     def copy(self, piece: Piece, into: Bytes, check_epoch: bool) -> HandoffError | None:
-        """The source page into `into`, or why it must not be used."""
-        if not 0 <= piece.source_page < self.address.pages:
-            return OutOfBounds(f"page {piece.source_page} of the peer's {self.address.pages}")
+        """The source page, which has been checked, into `into`, or why it must not be used."""
         if check_epoch and (before := self._stale(piece)):
             return before
         at = piece.source_page * self.address.page_bytes
@@ -92,7 +90,7 @@ class ShmTransport:
         assert self._socket is None, "one pool per transport"
         self._frames = frames
         self._digest = digest
-        self._target = np.frombuffer(frames.buffer, np.uint8)
+        self._target = np.frombuffer(frames.everything, np.uint8)
         name = f"baton-{self._random_bytes(TOKEN_BYTES).hex()}"
         self._socket = PoolSocket(frames, name=name, token=self._random_bytes(TOKEN_BYTES))
 
@@ -110,7 +108,8 @@ class ShmTransport:
             raise PeerLost(f"{peer} was cut off")
         mapping = connection.opening.result()
         cancelled = threading.Event()
-        job = self._thread.submit(self._copy, mapping, tuple(pieces), (cancelled, connection.stop))
+        stops, proof = (cancelled, connection.stop), stream == PROOF_STREAM
+        job = self._thread.submit(self._copy, mapping, tuple(pieces), stops, proof)
         copying = asyncio.wrap_future(job)
         connection.copies.add(copying)
         try:
@@ -144,26 +143,27 @@ class ShmTransport:
             os.close(fd)
 
     def _copy(
-        self, mapping: _Mapping, pieces: tuple[Piece, ...], stops: tuple[threading.Event, ...]
+        self, mapping: _Mapping, pieces: tuple[Piece, ...], stops: tuple[threading.Event, ...], proof: bool
     ) -> list[Arrival]:
         """In the copying thread: page after page, and soon over when it is stopped."""
         arrivals: list[Arrival] = []
         for piece in pieces:
             if any(stop.is_set() for stop in stops):
                 raise PeerLost("stopped")
-            arrivals.append(self._copy_page(mapping, piece))
+            arrivals.append(self._copy_page(mapping, piece, proof))
         return arrivals
 
-    def _copy_page(self, mapping: _Mapping, piece: Piece) -> Arrival:
+    def _copy_page(self, mapping: _Mapping, piece: Piece, proof: bool) -> Arrival:
         frames, target = self._frames, self._target
         assert frames is not None and target is not None
         try:
-            frames.check(piece.target_page)
+            check_source(piece.source_page, mapping.address.pages, proof=proof)
+            frames.check_target(piece.target_page, proof=proof)
         except OutOfBounds as error:
             return error
         at, size = piece.target_page * frames.layout.page_bytes, frames.layout.page_bytes
         failed = mapping.copy(piece, target[at : at + size], self._check_epoch)
-        return failed or digest_page(frames.buffer, frames.layout, piece.target_page, self._digest)
+        return failed or digest_page(frames.everything, frames.layout, piece.target_page, self._digest)
 
     async def drain(self, peer: WorkerId, stream: int) -> None:
         """Nothing to wait for: only the receiver's own thread writes into its pages."""

@@ -20,7 +20,7 @@ from kvtransfer.frames import SEALS, Frames, memory_bytes
 
 log = logging.getLogger(__name__)
 
-DESCRIPTOR_VERSION = 1
+DESCRIPTOR_VERSION = 2  # 2: the pool holds two more frames, for proofs
 TOKEN_BYTES = 16
 UCRED = struct.Struct("3i")  # pid, uid, gid
 BACKLOG = 128

@@ -14,6 +14,8 @@ from core.messages import WorkerId
 from kvtransfer.digest import SegmentDigest
 from kvtransfer.frames import Frames
 
+PROOF_STREAM = 0  # of fetches that prove a path: only from the pattern, only to the landing. Hand-offs count from 1
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -34,8 +36,11 @@ class Transport(Protocol):
     Where it is False, an operation that raised may go on writing until the source has drained or the peer is forgotten.
     """
 
-    name: str
-    settles_on_return: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def settles_on_return(self) -> bool: ...
 
     async def serve(self, frames: Frames, digest: SegmentDigest) -> None:
         """Take this pool as ours, once, before anything else: peers read it, and fetches land in it."""
@@ -58,6 +63,8 @@ class Transport(Protocol):
 
     async def fetch(self, peer: WorkerId, stream: int, pieces: Sequence[Piece]) -> list[Arrival]:
         """Bring the pages, in any order, and say for each what arrived: digests, or OutOfBounds, or StalePage.
+
+        Under PROOF_STREAM, and only there, the source page is the pattern and the target the landing, at epoch 0.
 
         Raises PeerLost; also for a peer that was never met. Ends soon after it is cancelled, even when the peer has
         stopped.

@@ -26,7 +26,7 @@ from kvtransfer.frames import Frames, epochs_offset, memory_bytes
 from kvtransfer.memory import MemoryFabric, MemoryTransport, Mischief
 from kvtransfer.shm import ShmTransport
 from kvtransfer.shm_socket import PoolAddress, ask_for_pool
-from kvtransfer.transport import Piece, Transport
+from kvtransfer.transport import PROOF_STREAM, Piece, Transport
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = PageLayout(kv_heads=2, layers=2, page_size=16, head_dim=64, dtype="float32")  # 32 KiB
@@ -114,7 +114,7 @@ async def test_pages_arrive_where_they_are_wanted_with_their_digests(rig: Rig) -
 
 
 async def test_many_fetches_run_at_once(rig: Rig) -> None:
-    await asyncio.gather(*(rig.fetch(Piece(page, 0, page), stream=page) for page in range(PAGES)))
+    await asyncio.gather(*(rig.fetch(Piece(page, 0, page), stream=page + 1) for page in range(PAGES)))
     assert rig.theirs.buffer == rig.ours.buffer
 
 
@@ -125,6 +125,20 @@ async def test_an_index_outside_either_pool_is_refused_and_writes_nothing(rig: R
     assert bytes(rig.ours.buffer) == before
     mixed = await rig.fetch(Piece(PAGES, 0, 1), Piece(3, 0, 4))
     assert isinstance(mixed[0], OutOfBounds) and rig.same(3, 4)
+
+
+async def test_a_proof_moves_the_pattern_to_the_landing_and_can_touch_nothing_else(rig: Rig) -> None:
+    pattern, landing = rig.theirs.pattern, rig.ours.landing
+    rig.theirs.frame(pattern)[:] = Random(5).randbytes(LAYOUT.page_bytes)
+    before = bytes(rig.ours.everything)
+    wrong = [Piece(pattern, 0, 3), Piece(3, 0, landing), Piece(rig.theirs.landing, 0, landing), Piece(3, 0, 3)]
+    arrivals = [*await rig.fetch(*wrong, stream=PROOF_STREAM), *await rig.fetch(Piece(pattern, 0, landing), stream=1)]
+    assert all(isinstance(arrival, OutOfBounds) for arrival in arrivals)
+    assert bytes(rig.ours.everything) == before
+    expected = digest_page(rig.theirs.everything, LAYOUT, pattern, XXH3)
+    assert await rig.fetch(Piece(pattern, 0, landing), stream=PROOF_STREAM) == [expected]
+    assert rig.ours.frame(landing) == rig.theirs.frame(pattern)
+    assert bytes(rig.ours.buffer) == before[: len(rig.ours.buffer)]
 
 
 async def test_a_page_of_another_epoch_is_stale_and_writes_nothing(rig: Rig) -> None:
@@ -187,7 +201,7 @@ async def test_a_fetch_can_be_cancelled_at_any_point(rig: Rig, turns: int) -> No
 
 
 async def test_forgetting_a_peer_ends_its_fetches_and_nothing_lands_afterwards(rig: Rig) -> None:
-    fetches = [asyncio.ensure_future(rig.fetch(*(Piece(n, 0, n) for n in range(PAGES)), stream=n)) for n in range(8)]
+    fetches = [asyncio.ensure_future(rig.fetch(*(Piece(n, 0, n) for n in range(PAGES)), stream=n)) for n in range(1, 9)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     async with asyncio.timeout(2.0):
