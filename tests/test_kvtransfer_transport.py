@@ -321,7 +321,7 @@ async def test_without_the_token_there_is_no_pool(shm_rig: Rig) -> None:
     "descriptor",
     [b"", b"{}", b"null", b"[]", b"\xff", b'{"socket":1,"token":"","pages":1,"page_bytes":1}',
      b'{"socket":"a","token":"","pages":0,"page_bytes":1}',
-     b'{"socket":"a","token":"","pages":1,"page_bytes":1,"version":2}'],
+     b'{"socket":"a","token":"","pages":1,"page_bytes":1,"version":9}'],
 )  # fmt: skip
 async def test_a_broken_descriptor_is_an_error_of_the_hand_off(shm_rig: Rig, descriptor: bytes) -> None:
     with pytest.raises(HandoffError):
