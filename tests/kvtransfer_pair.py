@@ -154,7 +154,7 @@ class Receiving:
 
     async def until_ended(self, key: HandoffKey, timeout_s: float = 30.0) -> None:
         async with asyncio.timeout(timeout_s):
-            while key not in self.commits and key not in self.aborted:
+            while key not in self.receipts and key not in self.aborted:
                 self.ended.clear()
                 await self.ended.wait()
 

@@ -88,7 +88,8 @@ async def test_no_changed_page_is_served_and_each_is_counted(transport: str, cha
         corruption = Corruption(pair, injections, seed=2)
         await corruption.run()
         done, faults = pair.damage.done, pair.faults.by_code
-        print(f"{transport}: {dict(done)}, {corruption.requests} requests, {corruption.retries} retried, {dict(faults)}")
+        places = {place.value: count for place, count in done.items()}
+        print(f"{transport}: {places}, {corruption.requests} requests, {corruption.retries} retried, {dict(faults)}")
         assert sum(done.values()) >= injections and min(done.values()) > injections / 5
         assert_nothing_wrong_is_kept(pair)
         assert len(pair.d.commits) == corruption.requests
