@@ -141,20 +141,19 @@ class DecodeService:
 
     # --- from the hand-off -------------------------------------------------------------------------------------
 
-    def reserve(self, key: HandoffKey) -> Reservation | None:
+    def reserve(self, key: HandoffKey, pages: int) -> Reservation | None:
         """Pages for the prompt, if the projected growth of all that run fits beside them. None: Busy."""
         job = self._jobs.get(key)
         if job is None or not job.expected:
             return None
         size, pool = self._engine.page_size, self._engine.pool
-        prompt_pages = -(-len(job.shared.ids) // size)
         growth = self._growth_pages() + self._growth_of(job.shared) * len(job.shared.choices)
-        if prompt_pages + growth > pool.reusable and self._engine.sequences:
+        if pages + growth > pool.reusable and self._engine.sequences:
             return None
         full = len(job.shared.ids) // size
         prefix = pool.lookup(job.shared.full_hashes(size)[:full])
         pool.acquire(prefix)
-        fresh = pool.allocate(prompt_pages - len(prefix))
+        fresh = pool.allocate(pages - len(prefix))
         if fresh is None:
             pool.release_all(prefix)
             return None

@@ -136,6 +136,7 @@ class Expect:
     peer: WorkerId
     places: Places
     deadline_s: float  # a duration
+    loan: bool = False  # for the cache alone: less of it is welcome too, and what finds no room is refused at once
 
 
 @dataclass(frozen=True, slots=True)

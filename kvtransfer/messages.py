@@ -27,6 +27,11 @@ class HandoffKey:
     def __str__(self) -> str:
         return f"{self.request_id}#{self.attempt}"
 
+    @property
+    def history(self) -> HandoffKey:
+        """The loan of pages that precedes this hand-off. No request has such a name: routers draw theirs."""
+        return HandoffKey(f"{self.request_id}/history", self.attempt)
+
 
 @dataclass(frozen=True, slots=True)
 class PageEntry:

@@ -41,6 +41,11 @@ class Places:
     def tail_tokens(self) -> int:
         return self.prompt_tokens % self.page_size
 
+    def first(self, tokens: int) -> Places:
+        """The places of so many of the prompt's first tokens, whole pages of them."""
+        assert tokens % self.page_size == 0 and tokens <= self.prompt_tokens, (tokens, self.prompt_tokens)
+        return Places(tokens, self.page_size, self.hashes[: tokens // self.page_size], b"")
+
     def check(self, position: int, block_hash: bytes) -> None:
         """Raise PlaceMismatch unless that page of this prompt has this name."""
         if not 0 <= position < self.pages:

@@ -56,8 +56,11 @@ class Reservation:
 class Reservations(Protocol):
     """What the decode policy grants. Pages that it hands out are owned; the hand-off or its commit releases them."""
 
-    def reserve(self, key: HandoffKey) -> Reservation | None:
-        """Pages for the prompt of `key`, with room for the growth that the policy projects. None: no room now."""
+    def reserve(self, key: HandoffKey, pages: int) -> Reservation | None:
+        """So many pages, all of the prompt of `key`, with room for the growth that the policy projects.
+
+        None: no room now. Of a loan it may be the first pages only.
+        """
         ...
 
     def fresh_page(self, key: HandoffKey) -> int | None:

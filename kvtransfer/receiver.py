@@ -7,7 +7,7 @@ it back until the source has drained, or is cut off. What was verified before an
 
 from __future__ import annotations
 
-from core.errors import BatonError, Cancelled, HandoffError, PeerLost, PlaceMismatch, leaves
+from core.errors import BatonError, Cancelled, HandoffError, NoCapacity, PeerLost, PlaceMismatch, leaves
 from core.messages import WorkerId
 from kvtransfer import events as e
 from kvtransfer import states
@@ -155,10 +155,14 @@ class ReceiverEnd:
                 self._sealed(record, message)
 
     def _next(self, record: Receiving, message: Next) -> None:
+        record.shorten(message.prompt_tokens)
         if message.prompt_tokens != record.places.prompt_tokens:
             raise PlaceMismatch(f"a prompt of {message.prompt_tokens} tokens, here {record.places.prompt_tokens}")
         if record.state is State.QUEUED and not self._grant(record, message):
-            self._books.say(record.peer, Busy(record.key, message.number, BUSY_S))
+            if record.loan:
+                self._books.abort(record, NoCapacity("no room for a loan"), None)
+            else:
+                self._books.say(record.peer, Busy(record.key, message.number, BUSY_S))
             return
         self._books.say(record.peer, Grant(record.key, message.number, record.prefix_pages))
         self._say_fetch(record)
@@ -166,7 +170,7 @@ class ReceiverEnd:
     def _grant(self, record: Receiving, message: Next) -> bool:
         if record.peer in self._forgetting:
             return False  # an operation posted now could be taken for one of those that are being cut off
-        reservation = self._reservations.reserve(record.key)
+        reservation = self._reservations.reserve(record.key, record.places.pages)
         if reservation is None:
             return False
         record.pages = [*reservation.prefix_pages, *reservation.fresh_pages]

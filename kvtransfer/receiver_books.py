@@ -34,7 +34,7 @@ class ReceiverBooks:
     def begin(self, event: e.Expect) -> None:
         self._last_stream += 1
         until_s = self.now_s + event.deadline_s
-        record = Receiving(event.key, event.peer, event.places, until_s, self.now_s, self._last_stream)
+        record = Receiving(event.key, event.peer, event.places, until_s, self.now_s, self._last_stream, event.loan)
         self.records[event.key] = record
         self._counters.moved(None, State.QUEUED)
 

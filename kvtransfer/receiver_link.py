@@ -123,10 +123,12 @@ class HandoffReceiver:
         block_hashes: Sequence[bytes],
         peer: Peer,
         deadline_s: float,
+        *,
+        loan: bool = False,
     ) -> None:
-        """`block_hashes` are those of the prompt's full pages, computed here."""
+        """`block_hashes` are those of the prompt's full pages, computed here. A loan: see events.Expect."""
         places = places_of(prompt_ids, block_hashes, self._fingerprint.layout.page_size)
-        self._handle(e.Expect(key, peer.worker, places, deadline_s))
+        self._handle(e.Expect(key, peer.worker, places, deadline_s, loan))
 
     def cancel(self, key: HandoffKey, error: BatonError | None = None) -> None:
         """Also before it is expected: then it is aborted when it is."""

@@ -21,6 +21,7 @@ class Receiving:
     until_s: float  # the request's deadline
     moved_s: float  # last progress
     stream: int
+    loan: bool = False
     state: State = State.QUEUED
     choices: int = 0
     prefix_pages: int = 0
@@ -51,6 +52,12 @@ class Receiving:
     def clear(self) -> bool:
         """No operation of it can touch a page any more."""
         return not self.running and not self.haunted
+
+    def shorten(self, tokens: int) -> None:
+        """A lender may have less than it was asked for: the first whole pages of it."""
+        if self.loan and self.state is State.QUEUED and 0 < tokens < self.places.prompt_tokens:
+            if tokens % self.places.page_size == 0:
+                self.places = self.places.first(tokens)
 
     def is_news(self, entry: PageEntry, *, tail: bool, check_place: bool) -> bool:
         """Whether this page is to be fetched. Raises PlaceMismatch when it is not this prompt's page."""

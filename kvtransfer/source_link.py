@@ -129,6 +129,11 @@ class HandoffSource:
         finally:
             del self._offers[key]
 
+    def decline(self, key: HandoffKey, peer: Peer, error: BatonError) -> None:
+        """There will be nothing to offer: so that the receiver need not wait."""
+        self._handle(e.Offer(key, peer, 0, 0, self._timing.deadlines.closing_s))
+        self.fail(key, error)
+
     def ready(self, key: HandoffKey, pages: Sequence[FilledPage]) -> None:
         """These full pages have been written. They are leased from now on."""
         self._handle(e.Filled(key, tuple(pages)))

@@ -110,7 +110,7 @@ class Receiving:
         self.prompts[key] = prompt
         self.link.expect(key, prompt.ids, prompt.hashes, peer, deadline_s)
 
-    def reserve(self, key: HandoffKey) -> Reservation | None:
+    def reserve(self, key: HandoffKey, pages: int) -> Reservation | None:
         prompt = self.prompts[key]
         prefix = self.pool.lookup(prompt.hashes)
         self.pool.acquire(prefix)

@@ -106,7 +106,7 @@ class Sink:
             self.content[page] = b"unwritten"
         return pages
 
-    def reserve(self, key: HandoffKey) -> Reservation | None:
+    def reserve(self, key: HandoffKey, pages: int) -> Reservation | None:
         names = self.names[key.request_id]
         full = [name for name in names if not name.endswith(b"tail")]
         prefix = self.pool.lookup(full)
