@@ -24,6 +24,7 @@ BatonError
 │   ├── PlaceMismatch            500  DATA_LOSS            not the page of this place in the prompt
 │   ├── DigestMismatch           500  DATA_LOSS            the bytes are not those that were written
 │   ├── PeerLost                 500  UNAVAILABLE          the other worker is gone
+│   ├── BadTicket                500  PERMISSION_DENIED    not what the router has permitted; nothing was served
 │   └── FingerprintMismatch      500  FAILED_PRECONDITION  the two workers do not run the same model
 └── StartupError                 the process stops before it serves, with `exit_code`
     ├── ConfigError              exit 2   a flag, variable or file is wrong
@@ -174,6 +175,11 @@ class DigestMismatch(HandoffError):
 class PeerLost(HandoffError):
     grpc_code = "UNAVAILABLE"
     code = "peer_lost"
+
+
+class BadTicket(HandoffError):
+    grpc_code = "PERMISSION_DENIED"
+    code = "bad_ticket"
 
 
 class FingerprintMismatch(HandoffError):

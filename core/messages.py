@@ -81,6 +81,8 @@ class Submit:
     priority: int = 0  # lower goes first
     lender: Peer | None = None  # it has been told to lend the first `lent_tokens` of the prompt
     lent_tokens: int = 0
+    ticket: bytes = b""  # the router's permission; the same for both workers of the pair
+    loan_ticket: bytes = b""  # the lender's, when there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Lend:
     attempt: int
     prompt_ids: tuple[int, ...]  # whole pages of them
     peer: Peer
-    deadline_s: float  # a duration; after it the peer computes
+    deadline_s: float  # a duration: that of the request; the peer gives up long before
     salt: bytes = b""
     ticket: bytes = b""  # the router's permission
 

@@ -1,0 +1,217 @@
+"""Tickets: one changed bit or field is refused, by name; a worker lets each in once; keys can be changed."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import BadTicket, ConfigError
+from core.messages import Peer, Role, Submit, WorkerId, WorkerInfo
+from core.sampling import SamplingParams
+from core.security.gate import Gate
+from core.security.keys import digest_key, read_keys
+from core.security.tickets import MAX_BYTES, Claims, Purpose, Tickets, prefix_hash
+
+KEY, OTHER_KEY = b"k" * 32, b"o" * 32
+TICKETS = Tickets([KEY])
+P = Peer(WorkerId("prefill-0", 2**63 - 1), "unix:/run/p")
+D = Peer(WorkerId("decode-0", 7), "10.0.0.2:9000")
+IDS, SALT = (1, 2, 2**32 - 1), b"tenant"
+CLAIMS = Claims(Purpose.HANDOFF, "f" * 32, 3, P, D, prefix_hash(IDS, SALT), len(IDS), 30.0)
+
+texts = st.text(max_size=40)
+peers = st.builds(Peer, st.builds(WorkerId, texts, st.integers(0, 2**64 - 1)), texts)
+claims = st.builds(
+    Claims,
+    purpose=st.sampled_from(Purpose),
+    request_id=texts,
+    attempt=st.integers(0, 2**32 - 1),
+    source=st.none() | peers,
+    receiver=peers,
+    prefix=st.binary(min_size=32, max_size=32),
+    tokens=st.integers(0, 2**32 - 1),
+    lifetime_s=st.integers(0, 10**6).map(lambda ms: ms / 1000),
+    tenant=texts,
+)
+
+
+class TestTickets:
+    @given(claims)
+    def test_a_ticket_says_what_was_signed(self, said: Claims) -> None:
+        assert TICKETS.check(TICKETS.sign(said), said) == said
+
+    @given(claims, st.data())
+    def test_any_changed_bit_is_refused(self, said: Claims, data: st.DataObject) -> None:
+        ticket = bytearray(TICKETS.sign(said))
+        bit = data.draw(st.integers(0, 8 * len(ticket) - 1))
+        ticket[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BadTicket, match="none of our keys"):
+            TICKETS.open(bytes(ticket))
+
+    @given(claims, st.data())
+    def test_any_changed_length_is_refused(self, said: Claims, data: st.DataObject) -> None:
+        ticket = TICKETS.sign(said)
+        cut = data.draw(st.integers(0, len(ticket) - 1))
+        for changed in (ticket[:cut], ticket[cut:] if cut else ticket + b"\0", ticket + ticket):
+            with pytest.raises(BadTicket):
+                TICKETS.open(changed)
+
+    @given(claims, claims, st.sampled_from([field.name for field in fields(Claims)]))
+    def test_any_field_that_is_not_ours_is_refused_by_its_name(self, said: Claims, other: Claims, name: str) -> None:
+        changed = replace(said, **{name: getattr(other, name)})
+        ticket = TICKETS.sign(changed)
+        differs = getattr(changed, name) != getattr(said, name)
+        if name == "tenant" or not differs or (name == "lifetime_s" and changed.lifetime_s > said.lifetime_s):
+            assert TICKETS.check(ticket, said) == changed
+        else:
+            with pytest.raises(BadTicket, match=f"{name}: "):
+                TICKETS.check(ticket, said)
+
+    def test_fields_cannot_run_into_each_other(self) -> None:
+        one, two = replace(CLAIMS, tenant="ab", request_id="c"), replace(CLAIMS, tenant="a", request_id="bc")
+        assert TICKETS.sign(one) != TICKETS.sign(two)
+        assert prefix_hash(IDS, b"") != prefix_hash(IDS, SALT) != prefix_hash(IDS[:2], SALT)
+
+    def test_it_is_used_no_longer_than_it_lives(self) -> None:
+        ticket = TICKETS.sign(CLAIMS)
+        TICKETS.check(ticket, replace(CLAIMS, lifetime_s=29.9))
+        for lifetime_s in (30.001, float("inf"), float("nan")):
+            with pytest.raises(BadTicket, match="lifetime_s"):
+                TICKETS.check(ticket, replace(CLAIMS, lifetime_s=lifetime_s))
+
+    def test_without_the_key_nothing_is_accepted(self) -> None:
+        stranger = Tickets([OTHER_KEY])
+        with pytest.raises(BadTicket, match="none of our keys"):
+            TICKETS.check(stranger.sign(CLAIMS), CLAIMS)
+        with pytest.raises(BadTicket, match="no ticket"):
+            TICKETS.check(b"", CLAIMS)
+
+    def test_a_key_is_changed_without_a_break(self) -> None:
+        both = Tickets([OTHER_KEY, KEY])
+        assert both.open(TICKETS.sign(CLAIMS)) == CLAIMS, "the old key is still accepted"
+        assert Tickets([OTHER_KEY]).open(both.sign(CLAIMS)) == CLAIMS, "and the new one signs"
+        with pytest.raises(BadTicket):
+            TICKETS.open(both.sign(CLAIMS))
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"tenant": "x" * 256},
+            {"receiver": Peer(D.worker, "x" * 256)},
+            {"attempt": -1},
+            {"attempt": 2**32},
+            {"lifetime_s": float("inf")},
+            {"lifetime_s": float("nan")},
+            {"prefix": b"short"},
+        ],
+    )
+    def test_what_no_ticket_can_hold_is_not_signed(self, wrong: dict[str, object]) -> None:
+        with pytest.raises(BadTicket, match="no ticket can say this"):
+            TICKETS.sign(replace(CLAIMS, **wrong))  # type: ignore[arg-type]
+
+    def test_the_longest_ticket_is_within_the_bound(self) -> None:
+        longest = Peer(WorkerId("n" * 255, 2**64 - 1), "e" * 255)
+        said = replace(CLAIMS, tenant="t" * 255, request_id="r" * 255, source=longest, receiver=longest)
+        assert len(TICKETS.sign(said)) <= MAX_BYTES
+        assert TICKETS.open(TICKETS.sign(said)) == said
+
+
+class TestKeys:
+    def test_one_key_or_two(self) -> None:
+        assert read_keys("6b" * 32 + "\n", "file") == (KEY,)
+        assert read_keys(f"\n{'6f' * 32}\n {'6B' * 32} \n", "file") == (OTHER_KEY, KEY)
+
+    @pytest.mark.parametrize("text", ["", "\n", "6b" * 31, "6b" * 65, "xy" * 32, ("6b" * 32 + "\n") * 3])
+    def test_what_is_no_key_is_refused_and_never_shown(self, text: str) -> None:
+        with pytest.raises(ConfigError, match=r"^file: ") as caught:
+            read_keys(text, "file")
+        assert "6b6b" not in caught.value.message and "xyxy" not in caught.value.message
+
+    def test_the_key_of_digests_is_another(self) -> None:
+        assert len(digest_key(KEY)) == 32
+        assert len({KEY, digest_key(KEY), digest_key(OTHER_KEY)}) == 3
+
+
+def info(peer: Peer, role: Role) -> WorkerInfo:
+    return WorkerInfo(peer.worker, role, "model", "layout", 16, 100, 4096, peer.endpoint)
+
+
+def submit(peer: Peer | None, ticket: bytes, deadline_s: float = 30.0) -> Submit:
+    return Submit(
+        CLAIMS.request_id, CLAIMS.attempt, IDS, SamplingParams(), 1, deadline_s, peer, salt=SALT, ticket=ticket
+    )
+
+
+class TestGate:
+    def setup_method(self) -> None:
+        self.ticket = TICKETS.sign(CLAIMS)
+        self.p = Gate(TICKETS, info(P, Role.PREFILL))
+        self.d = Gate(TICKETS, info(D, Role.DECODE))
+
+    def test_one_ticket_is_for_both_workers_of_the_pair(self) -> None:
+        self.p.admit(submit(D, self.ticket), as_source=True)
+        self.d.admit(submit(P, self.ticket), as_source=False)
+
+    def test_a_local_prefill_has_no_source(self) -> None:
+        ticket = TICKETS.sign(replace(CLAIMS, source=None))
+        with pytest.raises(BadTicket, match="source"):
+            self.d.admit(submit(P, ticket), as_source=False)
+        self.d.admit(submit(None, ticket), as_source=False)
+        with pytest.raises(BadTicket, match="source"):
+            self.d.admit(submit(None, self.ticket), as_source=False)
+
+    def test_a_prefill_worker_hands_over_to_somebody(self) -> None:
+        with pytest.raises(BadTicket, match="decode worker"):
+            self.p.admit(submit(None, self.ticket), as_source=True)
+
+    @pytest.mark.parametrize(
+        "peer",
+        [
+            Peer(WorkerId("decode-0", 8), D.endpoint),
+            Peer(WorkerId("decode-1", 7), D.endpoint),
+            Peer(D.worker, "10.6.6.6:9000"),
+        ],
+        ids=["another incarnation", "another worker", "another endpoint"],
+    )
+    def test_a_peer_that_is_not_the_one_in_the_ticket_is_refused(self, peer: Peer) -> None:
+        with pytest.raises(BadTicket, match="receiver"):
+            self.p.admit(submit(peer, self.ticket), as_source=True)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("request_id", "other"), ("attempt", 4), ("prompt_ids", (1, 2)), ("salt", b"other"), ("deadline_s", 31.0)],
+    )
+    def test_another_request_than_the_one_in_the_ticket_is_refused(self, name: str, value: object) -> None:
+        with pytest.raises(BadTicket):
+            self.p.admit(replace(submit(D, self.ticket), **{name: value}), as_source=True)  # type: ignore[arg-type]
+
+    def test_a_worker_takes_no_ticket_of_its_predecessor(self) -> None:
+        again = Gate(TICKETS, replace(info(P, Role.PREFILL), worker=WorkerId("prefill-0", 5)))
+        with pytest.raises(BadTicket, match="source"):
+            again.admit(submit(D, self.ticket), as_source=True)
+
+    def test_a_ticket_is_let_in_once(self) -> None:
+        self.d.admit(submit(P, self.ticket), as_source=False)
+        with pytest.raises(BadTicket, match="used before"):
+            self.d.admit(submit(P, self.ticket), as_source=False)
+
+    def test_a_refusal_spends_nothing(self) -> None:
+        with pytest.raises(BadTicket):
+            self.d.admit(submit(None, self.ticket), as_source=False)
+        self.d.admit(submit(P, self.ticket), as_source=False)
+
+    def test_its_memory_is_bounded(self) -> None:
+        gate = Gate(TICKETS, info(D, Role.DECODE), limit=2)
+        tickets = [TICKETS.sign(replace(CLAIMS, tenant=str(n))) for n in range(3)]
+        for ticket in tickets:
+            gate.admit(submit(P, ticket), as_source=False)
+        for ticket in tickets[1:]:
+            with pytest.raises(BadTicket, match="used before"):
+                gate.admit(submit(P, ticket), as_source=False)
+        gate.admit(submit(P, tickets[0]), as_source=False)
+
+    def test_a_gate_without_keys_is_open(self) -> None:
+        Gate(None, info(D, Role.DECODE)).admit(submit(P, b""), as_source=False)
