@@ -137,6 +137,9 @@ class MemoryNetwork:
             self._wanted.pop(pair, None)
             source.peer_gone(peer.worker, error)
             return
+        except ConnectionError:  # one end died while it was greeted
+            self._later(self.weather.redial_s, pair)
+            return
         alive = self._sources.get(source.me) is source and self._receivers.get(peer.endpoint) is receiver
         if alive and pair in self._wanted and pair not in self._up:
             self._last += 1

@@ -1,4 +1,4 @@
-"""A router, prefill and decode workers over the hash-chain engine, joined by the worst links there are."""
+"""Routers, prefill and decode workers over the hash-chain engine, joined by the worst links there are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from random import Random
 from typing import Any
 
 from baton.composition import Limits, Machine, Model, Worker
-from baton.memory_link import MemoryLink
 from core.layout import PageLayout
 from core.messages import Role, WorkerId, WorkerInfo
 from core.sampling import SamplingParams
@@ -19,15 +18,18 @@ from kvtransfer.digest import XXH3_64, algorithm
 from kvtransfer.frames import Frames
 from kvtransfer.memory import CALM, MemoryFabric, MemoryTransport, Mischief
 from kvtransfer.session_memory import MemoryNetwork, Weather
-from router.choose import Terms
 from router.generation import GenerationRequest, Step
 from router.saga import Saga
-from router.threshold import Threshold
 from router.workers import Workers
 from session.desk import Desk
+from session.feed import Feed
+from tests.simulation.gates import Node, Parting, ReceiverGate, SessionsGate, SourceGate, TransportGate
+from tests.simulation.router import SimRouter
 
 VOCABULARY = 997
-NOTICED_S = 1.0  # a killed worker's session is not resumed
+POISON = VOCABULARY - 1  # a prompt that begins with it kills every worker that computes it
+FEED_S = 0.05  # a worker that does something looks for news so often
+IDLE_FEED_S = 0.25  # and one that does nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,33 +47,36 @@ HASH_CHAIN = EngineKind(
 
 
 class SimWorker:
-    """One worker, its link to the router, and its death."""
+    """One worker, its ends of every session, and its death."""
 
     def __init__(self, cluster: SimCluster, name: str, role: Role, incarnation: int) -> None:
         self.cluster = cluster
         self.id = WorkerId(name, incarnation)
-        self.stopped = asyncio.Event()  # clear while SIGSTOP holds it
-        self.stopped.set()
-        self.dead = False
+        self.node = Node(self.id, cluster.parting, cluster.random.uniform(0.0, 1e5))
         self._tasks: list[asyncio.Task[Any]] = []
+        self._feeds: dict[Any, Feed] = {}  # by session
         self._role = role
 
+    @property
+    def dead(self) -> bool:
+        return self.node.dead
+
     async def start(self) -> None:
-        cluster, loop = self.cluster, asyncio.get_running_loop()
+        cluster, node = self.cluster, self.node
         kind = cluster.engine
         self.frames = Frames.anonymous(kind.layout, cluster.pages)
-        transport = MemoryTransport(self.id, cluster.fabric)
+        transport = TransportGate(MemoryTransport(self.id, cluster.fabric), node, cluster.serves_pages)
         await transport.serve(self.frames, algorithm(XXH3_64))
         machine = Machine(
             executor=kind.executor(self.frames.buffer),
             frames=self.frames,
             transport=transport,
-            clock=loop.time,
+            clock=node.clock,
             random=Random(cluster.random.random()),
             run_blocking=self._step,
-            offload=_inline,
+            offload=self._offload,
         )
-        info = WorkerInfo(
+        self.info = WorkerInfo(
             worker=self.id,
             role=self._role,
             identity=kind.model.identity,
@@ -81,45 +86,126 @@ class SimWorker:
             max_context_tokens=kind.model.max_context_tokens,
             handoff_endpoint=self.id.name,
         )
-        self.worker = Worker(info, kind.model, cluster.limits, machine, "sim")
-        if self.worker.source is not None:
-            self.worker.source.start(cluster.network.add_source(self.worker.source))
-        if self.worker.receiver is not None:
-            self.worker.receiver.start(cluster.network.add_receiver(self.id.name, self.worker.receiver))
+        self.worker = Worker(self.info, kind.model, cluster.limits, machine, "sim")
+        self._join_peers()
+        tier = self.worker.tier
+        tier.sweep = node.skip(tier.sweep)  # type: ignore[method-assign]
         self._tasks.append(self.worker.start())
-        self.desk = Desk(self.worker.tier, self.worker.outlet)
-        self.link = MemoryLink("router", cluster.workers, self.desk, loop.time, cluster.random)
-        self.worker.tier.published = self.link.publish
-        self.link.start()
+        self.desk = Desk(tier, self.worker.outlet)
+        tier.published = self.publish
+        self._tasks.append(asyncio.create_task(self._look_around(), name=f"{self.id} looks around"))
+
+    def _join_peers(self) -> None:
+        source, receiver = self.worker.source, self.worker.receiver
+        network, node = self.cluster.network, self.node
+        if source is not None:
+            source.tick = node.skip(source.tick)  # type: ignore[method-assign]
+            node.on_wake.append(lambda: source.tick())
+            source.start(SessionsGate(network.add_source(SourceGate(source, node)), node))  # type: ignore[arg-type]
+        if receiver is not None:
+            receiver.tick = node.skip(receiver.tick)  # type: ignore[method-assign]
+            node.on_wake.append(lambda: receiver.tick())
+            gate = ReceiverGate(receiver, node)
+            receiver.start(SessionsGate(network.add_receiver(self.id.name, gate), node))  # type: ignore[arg-type]
+
+    # --- its sessions with routers -----------------------------------------------------------------------------
+
+    def add_feed(self, session: Any) -> Feed:
+        self.publish()
+        feed = self._feeds[session] = Feed(self.worker.tier.page_snapshot(), self.node.clock)
+        return feed
+
+    def drop_feed(self, session: Any) -> None:
+        self._feeds.pop(session, None)
+
+    def publish(self) -> None:
+        change = self.worker.tier.page_changes()
+        if change is not None:
+            for feed in self._feeds.values():
+                feed.changed(change)
+
+    async def _look_around(self) -> None:
+        """What the worker's process does beside its engine: the desk's sweep, and news for its routers."""
+        swept_s = 0.0
+        while True:
+            await asyncio.sleep(FEED_S if self.busy else IDLE_FEED_S)
+            if self.node.stopped:
+                continue
+            now_s = self.node.clock()
+            if now_s - swept_s >= 1.0:
+                swept_s = now_s
+                self.desk.sweep()
+            self._say_news()
+
+    def _say_news(self) -> None:
+        tier = self.worker.tier
+        for session, feed in list(self._feeds.items()):
+            if feed.overflowed:
+                feed.replace(tier.page_snapshot())
+            for event in feed.due(tier.load()):
+                take = session._link.take_event
+                session.up(lambda take=take, feed=feed, event=event: take(feed, self.id, event))
+
+    # --- its engine --------------------------------------------------------------------------------------------
 
     async def _step(self, call: Callable[[Batch], list[RowResult]], batch: Batch) -> list[RowResult]:
         """A step takes time by its tokens; the device of a stopped worker stops with it."""
         await asyncio.sleep(0.002 + 0.0001 * batch.tokens)
-        await self.stopped.wait()
+        await self._running()
+        if any(row.start == 0 and row.ids[0] == POISON for row in batch.rows):
+            self.cluster.poisoned.append(self.id)
+            self.cluster.spawn(self.cluster.crash(self.id.name, 1.0))
+            await asyncio.Event().wait()
         return call(batch)
+
+    async def _offload(self, call: Callable[[], Any]) -> Any:
+        await self._running()
+        return call()
+
+    async def _running(self) -> None:
+        if self.node.stopped:
+            await self.node.awake()
+
+    @property
+    def busy(self) -> bool:
+        ends = (self.worker.source, self.worker.receiver)
+        return not self.worker.engine.is_idle or any(end is not None and not end.idle for end in ends)
+
+    # --- its end -----------------------------------------------------------------------------------------------
 
     async def kill(self) -> None:
         """SIGKILL: nothing of it runs any more; what it was sending goes on arriving."""
         if self.dead:
             return
-        self.dead = True
+        self.node.die()
         self.cluster.fabric.kill(self.id)
         self.cluster.network.kill(self.id)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.worker.stop()
-        await self.link.kill(NOTICED_S)
+        for router in self.cluster.routers:
+            link = router.links.get(self.id.name)
+            if link is not None and link.session is not None and link.session.worker is self:
+                link.cut()
+        await self._end()
 
     async def close(self) -> None:
         """An orderly end, for the check of what is left."""
         if not self.dead:
-            self.dead = True
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            await self.worker.stop()
-            await self.link.stop()
+            self.node.die()
+            await self._end()
+
+    async def _end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.worker.stop()
+
+    # --- what is held ------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """At any moment: every page is where its holders say, and none is reusable that a late byte may hit."""
+        pool = self.worker.pool
+        pool.check()
+        reusable = {page for page in self.cluster.fabric.touched(self.id) if pool.state(page) == "free"}
+        assert not reusable & set(pool._free), f"{self.id}: {reusable} may still be written into"
 
     def leaks(self) -> list[str]:
         """What is held though nothing runs."""
@@ -132,11 +218,23 @@ class SimWorker:
         for end in (self.worker.source, self.worker.receiver):
             if end is not None and not end.idle:
                 found.append(f"{self.id}: hand-offs are left: {end.counts()}")
+        if self.worker.outlet.live:
+            found.append(f"{self.id}: {self.worker.outlet.live} attempts are held for routers")
+        if self.cluster.fabric.touched(self.id):
+            found.append(f"{self.id}: pages may still be written into")
         return found
 
 
-async def _inline(call: Callable[[], Any]) -> Any:
-    return call()
+class CountedNetwork(MemoryNetwork):
+    """Tells its cluster of every message."""
+
+    def __init__(self, random: Random, weather: Weather | None, sent: Callable[[], None]) -> None:
+        super().__init__(random, weather)
+        self._sent = sent
+
+    def send(self, *args: Any) -> None:
+        self._sent()
+        super().send(*args)
 
 
 class SimCluster:
@@ -146,6 +244,7 @@ class SimCluster:
         self,
         seed: int,
         *,
+        routers: int = 1,
         prefill: int = 2,
         decode: int = 2,
         aggregated: int = 0,
@@ -155,54 +254,162 @@ class SimCluster:
         limits: Limits | None = None,
         local_prefill_tokens: int = 32,
         engine: EngineKind | None = None,
+        two_sided: bool = False,
     ) -> None:
         self.random = Random(seed)
         self.pages = pages
         self.engine = engine or HASH_CHAIN
         self.limits = limits or Limits(step_tokens=64)
-        self.network = MemoryNetwork(Random(seed + 1), weather)
+        self.local_prefill_tokens = local_prefill_tokens
+        self.network = CountedNetwork(Random(seed + 1), weather, self.sent)
         self.fabric = MemoryFabric(Random(seed + 2), mischief)
-        clock = asyncio.get_running_loop().time
-        self.workers = Workers(clock)
-        threshold = Threshold(Terms(local_prefill_tokens=local_prefill_tokens))
-        self.saga = Saga(self.workers, clock, threshold, placement_wait_s=8.0)
-        self._incarnation = 0
+        self.parting = Parting()
+        self.parting.on_heal.append(self._release)
+        self.messages = 0
+        self.on_message: Callable[[int], None] | None = None  # called with the number of each message
+        self.poisoned: list[WorkerId] = []  # workers that a poison request has killed
         self.alive: dict[str, SimWorker] = {}
+        self._link_random = Random(seed + 3)
+        self._two_sided = two_sided
+        self._incarnation = 0
+        self._spawned: set[asyncio.Task[Any]] = set()
         self._roles = {f"prefill-{i}": Role.PREFILL for i in range(prefill)}
         self._roles |= {f"decode-{i}": Role.DECODE for i in range(decode)}
         self._roles |= {f"worker-{i}": Role.AGGREGATED for i in range(aggregated)}
+        self.routers = [self._new_router(f"router-{i}") for i in range(routers)]
+
+    @property
+    def saga(self) -> Saga:
+        return self.routers[0].saga
+
+    @property
+    def workers(self) -> Workers:
+        return self.routers[0].workers
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._roles)
 
     async def start(self) -> None:
+        """Returns when every router knows every worker."""
         for name in self._roles:
             await self.start_worker(name)
+        while any(len(router.workers.infos()) < len(self._roles) for router in self.routers):
+            await asyncio.sleep(0.001)
 
     async def start_worker(self, name: str) -> SimWorker:
         self._incarnation += 1
-        worker = self.alive[name] = SimWorker(self, name, self._roles[name], self._incarnation)
+        worker = SimWorker(self, name, self._roles[name], self._incarnation)
         await worker.start()
+        self.alive[name] = worker
+        for router in self.routers:
+            router.link_to(name)
         return worker
+
+    def spawn(self, coroutine: Any) -> asyncio.Task[Any]:
+        """A fault's own task."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._spawned.add(task)
+        return task
+
+    # --- faults ------------------------------------------------------------------------------------------------
 
     async def crash(self, name: str, restart_s: float | None = 2.0) -> None:
         """Kill a worker; the launcher starts it again."""
-        await self.alive[name].kill()
+        worker = self.alive[name]
+        if worker.dead:
+            return
+        await worker.kill()
         if restart_s is not None:
             await asyncio.sleep(restart_s)
             await self.start_worker(name)
 
+    async def drain(self, name: str, patience_s: float = 30.0) -> bool:
+        """Take it out of service, wait until it is idle, start it anew. Whether it came to rest in time."""
+        worker, loop = self.alive[name], asyncio.get_running_loop()
+        worker.worker.tier.draining = True
+        until_s = loop.time() + patience_s
+        while worker.busy and not worker.dead and loop.time() < until_s:
+            await asyncio.sleep(0.1)
+        idle = not worker.busy
+        await self.crash(name, 0.5)
+        return idle
+
+    async def crash_router(self, index: int, restart_s: float) -> None:
+        router = self.routers[index]
+        if router.dead:
+            return
+        await router.kill()
+        await asyncio.sleep(restart_s)
+        self._incarnation += 1
+        again = self.routers[index] = self._new_router(f"router-{index}.{self._incarnation}")
+        for name in self._roles:
+            again.link_to(name)
+
+    def _new_router(self, name: str) -> SimRouter:
+        return SimRouter(self, name, self.random.uniform(0.0, 1e5))
+
+    def _release(self) -> None:
+        for router in self.routers:
+            for link in router.links.values():
+                if link.session is not None and not self.parting.between(router.name, link.name):
+                    link.session.release()
+
+    # --- what workers and links ask ----------------------------------------------------------------------------
+
+    def sent(self) -> None:
+        self.messages += 1
+        if self.on_message is not None:
+            self.on_message(self.messages)
+
+    def link_delay_s(self) -> float:
+        return self._link_random.uniform(0.0, 0.001)
+
+    async def serves_pages(self, peer: WorkerId) -> None:
+        """With a two-sided fabric, a stopped source sends nothing."""
+        worker = self.alive.get(peer.name)
+        if self._two_sided and worker is not None and worker.id == peer and worker.node.stopped:
+            try:
+                await worker.node.awake()
+            except ConnectionError:
+                pass  # the fabric says so
+
+    # --- use ---------------------------------------------------------------------------------------------------
+
     async def generate(self, request: GenerationRequest) -> list[Step]:
-        return [step async for step in self.saga.generate(request)]
+        return await self.routers[0].generate(request)
+
+    def check(self) -> None:
+        for worker in self.alive.values():
+            if not worker.dead:
+                worker.check()
+
+    def leaks(self) -> list[str]:
+        """What is held though nothing runs, anywhere."""
+        found = [leak for worker in self.alive.values() if not worker.dead for leak in worker.leaks()]
+        found += [leak for router in self.routers if not router.dead for leak in router.leaks()]
+        living = {worker.id for worker in self.alive.values() if not worker.dead}
+        dialled = [pair for pair in self.network._wanted if not set(pair) <= living and pair[0] in living]
+        return found + [f"{source} still dials {peer}" for source, peer in dialled]
 
     async def quiesce(self, patience_s: float = 60.0) -> list[str]:
         """Wait until nothing is held; what is left after that is a leak."""
         loop = asyncio.get_running_loop()
         until_s = loop.time() + patience_s
-        while (leaks := [leak for w in self.alive.values() for leak in w.leaks()]) and loop.time() < until_s:
+        while (leaks := self.leaks()) and loop.time() < until_s:
             await asyncio.sleep(0.5)
         return leaks
 
     async def close(self) -> None:
+        """Orderly, so that what is left afterwards is a leak."""
+        for task in self._spawned:
+            task.cancel()
+        await asyncio.gather(*self._spawned, return_exceptions=True)
+        for router in self.routers:
+            await router.kill()
         for worker in self.alive.values():
             await worker.close()
+        await self.network._chores.stop()
 
 
 def request_of(name: str, prompt: list[int], params: SamplingParams, deadline_s: float = 60.0) -> GenerationRequest:
