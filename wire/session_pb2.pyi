@@ -350,6 +350,7 @@ class Submit(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     LENDER_FIELD_NUMBER: _builtins.int
     LENT_TOKENS_FIELD_NUMBER: _builtins.int
+    LOAN_TICKET_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     seed: _builtins.int
@@ -359,6 +360,8 @@ class Submit(_message.Message):
     ticket: _builtins.bytes
     """the router's permission"""
     lent_tokens: _builtins.int
+    loan_ticket: _builtins.bytes
+    """the lender carries the same"""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -390,10 +393,11 @@ class Submit(_message.Message):
         ticket: _builtins.bytes = ...,
         lender: Global___Peer | None = ...,
         lent_tokens: _builtins.int = ...,
+        loan_ticket: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lender", b"lender", "peer", b"peer", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_s", b"deadline_s", "emitted", b"emitted", "finished", b"finished", "lender", b"lender", "lent_tokens", b"lent_tokens", "peer", b"peer", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "salt", b"salt", "sampling", b"sampling", "seed", b"seed", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_s", b"deadline_s", "emitted", b"emitted", "finished", b"finished", "lender", b"lender", "lent_tokens", b"lent_tokens", "loan_ticket", b"loan_ticket", "peer", b"peer", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "salt", b"salt", "sampling", b"sampling", "seed", b"seed", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
