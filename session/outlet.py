@@ -170,10 +170,13 @@ class Outlet:
 
 
 def _after(item: Tokens, next_index: tuple[int, ...]) -> Tokens | None:
-    """The tokens of an item that are at or past the next index of their choice."""
+    """The tokens of an item that are at or past the next index of their choice.
+
+    A receipt stays, whatever the router has of its tokens: another worker may have brought them.
+    """
 
     def lacks(token: Token) -> bool:
         return token.choice >= len(next_index) or token.index >= next_index[token.choice]
 
     tokens = tuple(token for token in item.tokens if lacks(token))
-    return Tokens(item.request_id, item.attempt, tokens, item.receipt) if tokens else None
+    return Tokens(item.request_id, item.attempt, tokens, item.receipt) if tokens or item.receipt else None
