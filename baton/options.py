@@ -24,6 +24,7 @@ class WorkerOptions:
     role: str = option(help="what it does", choices=("prefill", "decode", "aggregated"))
     model: str = option(help="folder of the checkpoint")
     listen: str = option(help="where routers and peers reach it, as gRPC writes addresses")
+    advertise: str = option("", help="where peers reach it, when that is not where it listens")
     dtype: str = option("auto", help="type of weights and KV", choices=("auto", "float32", "bfloat16", "float16"))
     page_size: int = option(16, help="tokens per page, a multiple of 16")
     pages: int = option(0, help="pages of the pool; 0: as kv-bytes allows")

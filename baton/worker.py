@@ -133,7 +133,7 @@ class WorkerProcess:
             page_size=loaded.layout.page_size,
             pages_total=loaded.pages,
             max_context_tokens=loaded.max_context_tokens,
-            handoff_endpoint=o.listen if o.role == Role.DECODE.value else "",
+            handoff_endpoint=(o.advertise or o.listen) if o.role == Role.DECODE.value else "",
         )
         model = Model(loaded.identity, loaded.vocabulary, loaded.max_context_tokens, loaded.end_ids)
         limits = Limits(o.step_tokens, o.max_rows, max(o.step_tokens, 4 * o.local_prefill), o.prefill_share)
