@@ -209,8 +209,8 @@ def _decode_fingerprint(found: pb.Fingerprint) -> Fingerprint:
 
 def encode(message: m.Message) -> pb.ToReceiver:
     match message:
-        case m.Next(key, number, prompt_tokens, choices):
-            asked = pb.Next(key=_pb_key(key), number=number, prompt_tokens=prompt_tokens, choices=choices)
+        case m.Next(key, number, tokens, choices, ticket):
+            asked = pb.Next(key=_pb_key(key), number=number, prompt_tokens=tokens, choices=choices, ticket=ticket)
             return pb.ToReceiver(next=asked)
         case m.Ready(key, number, pages):
             entries = [_encode_entry(entry) for entry in pages]

@@ -62,6 +62,7 @@ class Offer:
     prompt_tokens: int
     choices: int
     deadline_s: float  # a duration
+    ticket: bytes = b""  # the router's permission, for the receiver to see
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ class Expect:
     places: Places
     deadline_s: float  # a duration
     loan: bool = False  # for the cache alone: less of it is welcome too, and what finds no room is refused at once
+    ticket: bytes = b""  # the router's permission: the source must show the same
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ class Next:
     number: int
     prompt_tokens: int
     choices: int
+    ticket: bytes = b""  # the router's permission, as the receiver's own request had it
 
 
 @dataclass(frozen=True, slots=True)

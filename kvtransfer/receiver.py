@@ -7,7 +7,9 @@ it back until the source has drained, or is cut off. What was verified before an
 
 from __future__ import annotations
 
-from core.errors import BatonError, Cancelled, HandoffError, NoCapacity, PeerLost, PlaceMismatch, leaves
+from hmac import compare_digest
+
+from core.errors import BadTicket, BatonError, Cancelled, HandoffError, NoCapacity, PeerLost, PlaceMismatch, leaves
 from core.messages import WorkerId
 from kvtransfer import events as e
 from kvtransfer import states
@@ -49,6 +51,7 @@ class ReceiverEnd:
         guards: Guards | None = None,
     ) -> None:
         self._reservations = reservations
+        self._counters = counters
         self._deadlines = timing.deadlines
         self._check_place = (guards or Guards()).place
         self._intake = Intake(pages, reservations, counters, guards or Guards())
@@ -155,6 +158,9 @@ class ReceiverEnd:
                 self._sealed(record, message)
 
     def _next(self, record: Receiving, message: Next) -> None:
+        if not compare_digest(message.ticket, record.ticket):
+            self._counters.fault(record.peer, BadTicket.code)
+            raise BadTicket(f"{record.peer} has asked for {record.key} with another ticket than the router's")
         record.shorten(message.prompt_tokens)
         if message.prompt_tokens != record.places.prompt_tokens:
             raise PlaceMismatch(f"a prompt of {message.prompt_tokens} tokens, here {record.places.prompt_tokens}")

@@ -34,8 +34,16 @@ class ReceiverBooks:
     def begin(self, event: e.Expect) -> None:
         self._last_stream += 1
         until_s = self.now_s + event.deadline_s
-        record = Receiving(event.key, event.peer, event.places, until_s, self.now_s, self._last_stream, event.loan)
-        self.records[event.key] = record
+        self.records[event.key] = Receiving(
+            key=event.key,
+            peer=event.peer,
+            places=event.places,
+            until_s=until_s,
+            moved_s=self.now_s,
+            stream=self._last_stream,
+            loan=event.loan,
+            ticket=event.ticket,
+        )
         self._counters.moved(None, State.QUEUED)
 
     def of(self, peer: WorkerId) -> list[Receiving]:

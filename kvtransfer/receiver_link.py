@@ -125,10 +125,11 @@ class HandoffReceiver:
         deadline_s: float,
         *,
         loan: bool = False,
+        ticket: bytes = b"",
     ) -> None:
-        """`block_hashes` are those of the prompt's full pages, computed here. A loan: see events.Expect."""
+        """`block_hashes` are those of the prompt's full pages, computed here. Loan, ticket: see events.Expect."""
         places = places_of(prompt_ids, block_hashes, self._fingerprint.layout.page_size)
-        self._handle(e.Expect(key, peer.worker, places, deadline_s, loan))
+        self._handle(e.Expect(key, peer.worker, places, deadline_s, loan, ticket))
 
     def cancel(self, key: HandoffKey, error: BatonError | None = None) -> None:
         """Also before it is expected: then it is aborted when it is."""

@@ -22,6 +22,7 @@ class Receiving:
     moved_s: float  # last progress
     stream: int
     loan: bool = False
+    ticket: bytes = b""
     state: State = State.QUEUED
     choices: int = 0
     prefix_pages: int = 0

@@ -24,6 +24,7 @@ class Sending:
     page_size: int
     until_s: float  # the request's deadline
     moved_s: float  # last progress
+    ticket: bytes = b""
     state: State = State.QUEUED
     asked: int = 1  # number of the last Next
     pause_s: float | None = None  # after a Busy; None: an answer to Next is awaited
@@ -50,7 +51,7 @@ class Sending:
         return self.prompt_tokens % self.page_size
 
     def question(self) -> Next:
-        return Next(self.key, self.asked, self.prompt_tokens, self.choices)
+        return Next(self.key, self.asked, self.prompt_tokens, self.choices, self.ticket)
 
     def hold(self, pages: Pages, filled: FilledPage) -> PageEntry:
         """Lease a page that the engine has written. Its epoch is that of now."""

@@ -166,7 +166,7 @@ def decode(message: pb.ToReceiver) -> m.ToReceiver:
     kind = message.WhichOneof("message")
     if kind == "next":
         asked = message.next
-        return m.Next(_key(asked.key), asked.number, asked.prompt_tokens, asked.choices)
+        return m.Next(_key(asked.key), asked.number, asked.prompt_tokens, asked.choices, asked.ticket)
     if kind == "ready":
         pages = tuple(_decode_entry(entry) for entry in message.ready.pages)
         return m.Ready(_key(message.ready.key), message.ready.number, pages)

@@ -111,6 +111,7 @@ class SourceEnd:
             page_size=self._page_size,
             until_s=self._books.now_s + event.deadline_s,
             moved_s=self._books.now_s,
+            ticket=event.ticket,
         )
         self._books.begin(record)
         self._liveness.meet(record.peer, self._books.now_s)

@@ -111,8 +111,10 @@ class HandoffSource:
         """Hand-offs by state."""
         return self._end.counts()
 
-    async def offer(self, key: HandoffKey, peer: Peer, prompt_tokens: int, choices: int, deadline_s: float) -> Grant:
-        """Ask the receiver for pages, until it has them.
+    async def offer(
+        self, key: HandoffKey, peer: Peer, prompt_tokens: int, choices: int, deadline_s: float, ticket: bytes = b""
+    ) -> Grant:
+        """Ask the receiver for pages, until it has them. It is shown the ticket, and must have the same.
 
         Raises NoCapacity at the deadline, PeerLost, FingerprintMismatch, Cancelled, or what the receiver refused with.
         """
@@ -120,7 +122,7 @@ class HandoffSource:
         answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         self._offers[key] = answer
         try:
-            self._handle(e.Offer(key, peer, prompt_tokens, choices, deadline_s))
+            self._handle(e.Offer(key, peer, prompt_tokens, choices, deadline_s, ticket))
             return await answer
         except asyncio.CancelledError:
             self._granted.discard(key)  # the caller has gone: nobody waits for on_closed

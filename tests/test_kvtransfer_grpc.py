@@ -36,7 +36,7 @@ TOKENS = (
 )
 RECEIPT = Receipt(1, 2, 3, 4, 5, 0.5, 0.25, 6, 7, 0.75)
 TO_RECEIVER: list[m.ToReceiver] = [
-    m.Next(KEY, 1, 100, 4),
+    m.Next(KEY, 1, 100, 4, b"ticket"),
     m.Ready(KEY, 2, (ENTRY, replace(ENTRY, position=6))),
     m.Sealed(KEY, 3, 6, ENTRY, 4, TOKENS, RECEIPT),
     m.Sealed(KEY, 3, 6, None, 0, (), Receipt()),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import fields, replace
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kvtransfer_pair import memory_pair, prompt_of
+from simulation.virtual_time import run as run_virtual
 
 from core.errors import BadTicket, ConfigError
 from core.messages import Peer, Role, Submit, WorkerId, WorkerInfo
@@ -14,6 +18,8 @@ from core.sampling import SamplingParams
 from core.security.gate import Gate
 from core.security.keys import digest_key, read_keys
 from core.security.tickets import MAX_BYTES, Claims, Purpose, Tickets, prefix_hash
+from kvtransfer.messages import HandoffKey
+from kvtransfer.ports import NoCounters
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
 TICKETS = Tickets([KEY])
@@ -143,6 +149,59 @@ def submit(peer: Peer | None, ticket: bytes, deadline_s: float = 30.0) -> Submit
     return Submit(
         CLAIMS.request_id, CLAIMS.attempt, IDS, SamplingParams(), 1, deadline_s, peer, salt=SALT, ticket=ticket
     )
+
+
+class Faults(NoCounters):
+    def __init__(self) -> None:
+        self.faults: list[tuple[WorkerId, str]] = []
+
+    def fault(self, peer: WorkerId, code: str) -> None:
+        self.faults.append((peer, code))
+
+
+class TestHandoff:
+    """The receiver grants nothing to a source that does not show the ticket of the receiver's own request."""
+
+    @pytest.mark.parametrize("late", [False, True], ids=["Submit first", "Next first"])
+    @pytest.mark.parametrize("shown", [b"", b"another's", TICKETS.sign(replace(CLAIMS, attempt=2))])
+    def test_a_next_with_anothers_ticket_is_refused_and_counted(self, shown: bytes, late: bool) -> None:
+        async def scenario() -> None:
+            faults = Faults()
+            pair = await memory_pair(counters=faults)
+            try:
+                key, prompt = HandoffKey("r", 1), prompt_of(Random(1), 40)
+                pair.d.prompts[key] = prompt
+                offer = asyncio.ensure_future(pair.p.link.offer(key, pair.to_d, 40, 1, 30.0, shown))
+                await asyncio.sleep(0.1 if late else 0)
+                free = pair.d.pool.counts()
+                ticket = TICKETS.sign(CLAIMS)
+                pair.d.link.expect(key, prompt.ids, prompt.hashes, pair.to_p, 30.0, ticket=ticket)
+                with pytest.raises(BadTicket):
+                    await offer
+                await pair.d.until_ended(key)
+                error, blames = pair.d.aborted[key]
+                assert (error.code, blames) == ("bad_ticket", pair.p.me)
+                assert faults.faults == [(pair.p.me, "bad_ticket")]
+                assert pair.d.reserved == [] and pair.d.pool.counts() == free
+            finally:
+                await pair.close()
+
+        run_virtual(scenario())
+
+    def test_the_same_ticket_is_granted(self) -> None:
+        async def scenario() -> None:
+            pair = await memory_pair()
+            try:
+                key, prompt = HandoffKey("r", 1), prompt_of(Random(1), 40)
+                pair.d.prompts[key] = prompt
+                ticket = TICKETS.sign(CLAIMS)
+                pair.d.link.expect(key, prompt.ids, prompt.hashes, pair.to_p, 30.0, ticket=ticket)
+                grant = await pair.p.link.offer(key, pair.to_d, 40, 1, 30.0, ticket)
+                assert grant.key == key and pair.d.reserved == [key]
+            finally:
+                await pair.close()
+
+        run_virtual(scenario())
 
 
 class TestGate:
