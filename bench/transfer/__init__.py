@@ -1,0 +1,1 @@
+"""How fast pages move between two processes, beside what else could move them: `python -m bench.transfer --help`."""
