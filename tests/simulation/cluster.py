@@ -276,6 +276,7 @@ class SimCluster:
         self._roles = {f"prefill-{i}": Role.PREFILL for i in range(prefill)}
         self._roles |= {f"decode-{i}": Role.DECODE for i in range(decode)}
         self._roles |= {f"worker-{i}": Role.AGGREGATED for i in range(aggregated)}
+        self.all_routers: list[SimRouter] = []  # the dead ones too
         self.routers = [self._new_router(f"router-{i}") for i in range(routers)]
 
     @property
@@ -347,7 +348,8 @@ class SimCluster:
             again.link_to(name)
 
     def _new_router(self, name: str) -> SimRouter:
-        return SimRouter(self, name, self.random.uniform(0.0, 1e5))
+        self.all_routers.append(SimRouter(self, name, self.random.uniform(0.0, 1e5)))
+        return self.all_routers[-1]
 
     def _release(self) -> None:
         for router in self.routers:

@@ -207,6 +207,8 @@ class Schedule:
         router.clients.add(task)
         await asyncio.wait([task])
         router.clients.discard(task)
+        if task.cancelled():  # before its first step
+            client.ends.append("left")
 
     def _request(self, number: int) -> GenerationRequest:
         rng = self.rng
@@ -292,7 +294,7 @@ class Schedule:
         for client in self._clients:
             client.count()
             self._check_cached(client)
-        for router in self.cluster.routers:
+        for router in self.cluster.all_routers:
             counts = router.counts
             self.outcome.retries += counts.retries
             if counts.retries > 10 + 0.2 * counts.offered:
@@ -306,7 +308,7 @@ class Schedule:
     def _check_cached(self, client: Client) -> None:
         """What was found cached for a first attempt is a prefix of something else of its own tenant."""
         request = client.request
-        attempts = max(router.attempts.get(request.request_id, 0) for router in self.cluster.routers)
+        attempts = max(router.attempts.get(request.request_id, 0) for router in self.cluster.all_routers)
         if attempts > 1 or request.request_id == "poison":
             return
         others = [c for c in self._clients if c is not client and c.request.salt == request.salt]
