@@ -55,22 +55,22 @@ class Intake:
     def key_of(self, operation: int) -> HandoffKey:
         return self._operations[operation].key
 
-    def post(self, record: Receiving, entries: Sequence[PageEntry]) -> StartFetch:
+    def post(self, record: Receiving, entries: Sequence[PageEntry], now_s: float) -> StartFetch:
         """Fetch these pages into the frames that are theirs by position."""
         self._last += 1  # a number never used before: a late answer to an older one is nobody's
         targets = tuple(record.pages[entry.position] for entry in entries)
         self._operations[self._last] = _Operation(record.key, tuple(entries), targets)
-        record.running.add(self._last)
+        record.posted(self._last, now_s)
         if self._guards.quarantine:
             for page in targets:
                 self._pages.quarantine(page)
         pieces = tuple(Piece(entry.page, entry.epoch, page) for entry, page in zip(entries, targets, strict=True))
         return StartFetch(self._last, record.peer, record.stream, pieces)
 
-    def ended(self, record: Receiving, event: FetchEnded) -> list[PageEntry]:
+    def ended(self, record: Receiving, event: FetchEnded, now_s: float) -> list[PageEntry]:
         """Take in what has arrived; returns what is to be fetched again. Raises when the source cannot give a page."""
         operation = self._operations.pop(event.operation)
-        record.running.discard(event.operation)
+        record.returned(event.operation, now_s)
         if event.settled or record.drained:
             self._settle(operation.targets)
         else:

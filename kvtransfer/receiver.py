@@ -48,6 +48,7 @@ class ReceiverEnd:
         reservations: Reservations,
         counters: Counters,
         timing: Timing,
+        page_bytes: int,
         guards: Guards | None = None,
     ) -> None:
         self._reservations = reservations
@@ -57,7 +58,7 @@ class ReceiverEnd:
         self._intake = Intake(pages, reservations, counters, guards or Guards())
         self._liveness = Liveness(timing.lease)
         self._strangers = Strangers(timing.deadlines.tombstone_s, timing.deadlines.held_s)
-        self._books = ReceiverBooks(counters, self._liveness, self._intake, self._strangers)
+        self._books = ReceiverBooks(counters, self._liveness, self._intake, self._strangers, page_bytes)
         self._forgetting: set[WorkerId] = set()
         self._renewals = 0
 
@@ -199,7 +200,7 @@ class ReceiverEnd:
         news = [tail] if tail and record.is_news(tail, tail=True, check_place=place) else []
         self._progress(record, message.number)
         if record.sealed is None:
-            record.sealed, record.sealed_s = message, self._books.now_s
+            record.seal(message, self._books.now_s)
             self._books.move(record, State.SEALED)
         self._fetch(record, news)
         self._commit_if_whole(record)
@@ -214,12 +215,12 @@ class ReceiverEnd:
 
     def _fetch(self, record: Receiving, entries: list[PageEntry]) -> None:
         if entries:
-            self._books.effects.append(self._intake.post(record, entries))
+            self._books.effects.append(self._intake.post(record, entries, self._books.now_s))
 
     def _fetch_ended(self, event: e.FetchEnded) -> None:
         record = self._books.records[self._intake.key_of(event.operation)]
         try:
-            again = self._intake.ended(record, event)
+            again = self._intake.ended(record, event, self._books.now_s)
         except PeerLost as error:
             self._books.abort(record, error, record.peer)
         except HandoffError as error:
@@ -279,6 +280,7 @@ class ReceiverEnd:
         if not record.ended:
             error = record.overdue(self._books.now_s, self._deadlines)
             if error is not None:
+                self._counters.expired(record.state)
                 stalled = self._books.now_s <= record.until_s
                 self._books.abort(record, error, record.peer if stalled else None)
         elif self._books.now_s - record.moved_s > self._deadlines.closing_s and record.peer not in self._forgetting:
@@ -286,6 +288,7 @@ class ReceiverEnd:
                 record.drained = True
                 self._books.bury_if_over(record)
             else:  # it could still write, and does not say when that is over
+                self._counters.expired(record.state)
                 self._lose(record.peer, PeerLost(f"{record.peer} did not drain"))
         elif record.final is not None and self._books.now_s - record.said_s > self._deadlines.resend_s:
             self._books.say_final(record, record.final)

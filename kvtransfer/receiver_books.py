@@ -21,11 +21,14 @@ from kvtransfer.strangers import Strangers
 class ReceiverBooks:
     """Every change of a hand-off at the receiver goes through here; `ReceiverEnd` decides which."""
 
-    def __init__(self, counters: Counters, liveness: Liveness, intake: Intake, strangers: Strangers) -> None:
+    def __init__(
+        self, counters: Counters, liveness: Liveness, intake: Intake, strangers: Strangers, page_bytes: int
+    ) -> None:
         self._counters = counters
         self._liveness = liveness
         self._intake = intake
         self._strangers = strangers
+        self._page_bytes = page_bytes
         self._last_stream = 0
         self.records: dict[HandoffKey, Receiving] = {}
         self.now_s = 0.0  # of the event that is being handled
@@ -40,20 +43,21 @@ class ReceiverBooks:
             places=event.places,
             until_s=until_s,
             moved_s=self.now_s,
+            entered_s=self.now_s,
             stream=self._last_stream,
             loan=event.loan,
             ticket=event.ticket,
         )
-        self._counters.moved(None, State.QUEUED)
+        self._counters.moved(None, State.QUEUED, 0.0)
 
     def of(self, peer: WorkerId) -> list[Receiving]:
         return [record for record in self.records.values() if record.peer == peer]
 
     def move(self, record: Receiving, new: State) -> None:
         assert new in ALLOWED[record.state], (record.key, record.state, new)
-        self._counters.moved(record.state, new)
+        self._counters.moved(record.state, new, self.now_s - record.entered_s)
         record.state = new
-        record.moved_s = self.now_s
+        record.moved_s = record.entered_s = self.now_s
 
     def say(self, peer: WorkerId, message: Message) -> None:
         if self._liveness.is_up(peer):
@@ -67,7 +71,7 @@ class ReceiverBooks:
         self.move(record, State.COMMITTED)
         self._counters.handoff(State.COMMITTED, "")
         self._counters.pages(len(record.verified))
-        self.effects.append(record.commit(self.now_s))
+        self.effects.append(record.commit(self.now_s, self._page_bytes))
         self.say_final(record, Close(record.key, 0, record.stream, State.COMMITTED))
 
     def refuse(self, record: Receiving, error: HandoffError) -> None:
@@ -82,6 +86,9 @@ class ReceiverBooks:
         self.move(record, State.ABORTED)
         self._counters.handoff(State.ABORTED, error.code)
         self._intake.release(record)
+        if not record.clear:
+            record.held_back = True
+            self._counters.held_back(record.key)
         self.effects += [e.CancelFetch(operation) for operation in sorted(record.running)]
         self.effects.append(e.Aborted(record.key, error, blames))
         close = Close(record.key, 0, record.stream, State.ABORTED, error.code, str(error))
@@ -102,6 +109,9 @@ class ReceiverBooks:
             self.bury_if_over(record)
 
     def bury_if_over(self, record: Receiving) -> None:
+        if record.held_back and record.clear:
+            record.held_back = False
+            self._counters.let_go(record.key)
         if record.drained and record.clear and record.final is not None:
             del self.records[record.key]
             self._strangers.bury(record.final, self.now_s, told=True)

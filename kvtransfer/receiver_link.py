@@ -84,6 +84,7 @@ class HandoffReceiver:
             reservations=reservations,
             counters=counters or NoCounters(),
             timing=self._timing,
+            page_bytes=fingerprint.layout.page_bytes,
             guards=guards,
         )
         self._fetches: dict[int, asyncio.Task[list[Arrival]]] = {}

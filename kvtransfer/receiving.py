@@ -20,6 +20,7 @@ class Receiving:
     places: Places
     until_s: float  # the request's deadline
     moved_s: float  # last progress
+    entered_s: float  # the beginning of its state
     stream: int
     loan: bool = False
     ticket: bytes = b""
@@ -35,10 +36,14 @@ class Receiving:
     haunted: list[int] = field(default_factory=list)  # pages of operations that returned and may still write
     sealed: Sealed | None = None
     sealed_s: float = 0.0
+    hidden_pages: int = 0  # verified when the seal was heard
+    fetching_s: float = 0.0  # since when an operation has been running
+    transfer_s: float = 0.0  # how long operations have run, those that run together counted once
     number: int = 0  # of our last message
     final: Close | Refused | None = None  # said until it is answered
     said_s: float = 0.0
     drained: bool = False  # the source writes no more
+    held_back: bool = False  # it was aborted, and operations may still touch its pages
 
     @property
     def ended(self) -> bool:
@@ -56,9 +61,9 @@ class Receiving:
 
     def shorten(self, tokens: int) -> None:
         """A lender may have less than it was asked for: the first whole pages of it."""
-        if self.loan and self.state is State.QUEUED and 0 < tokens < self.places.prompt_tokens:
-            if tokens % self.places.page_size == 0:
-                self.places = self.places.first(tokens)
+        shorter = 0 < tokens < self.places.prompt_tokens and tokens % self.places.page_size == 0
+        if self.loan and self.state is State.QUEUED and shorter:
+            self.places = self.places.first(tokens)
 
     def is_news(self, entry: PageEntry, *, tail: bool, check_place: bool) -> bool:
         """Whether this page is to be fetched. Raises PlaceMismatch when it is not this prompt's page."""
@@ -85,17 +90,38 @@ class Receiving:
         if len(set(choices)) != len(choices) or not set(choices) <= set(range(self.choices)):
             raise HandoffError(f"tokens for choices {choices} of {self.choices}")
 
+    def posted(self, operation: int, now_s: float) -> None:
+        if not self.running:
+            self.fetching_s = now_s
+        self.running.add(operation)
+
+    def returned(self, operation: int, now_s: float) -> None:
+        self.running.discard(operation)
+        if not self.running:
+            self.transfer_s += now_s - self.fetching_s
+
+    def seal(self, message: Sealed, now_s: float) -> None:
+        """What has been verified by now was moved while later pages were computed."""
+        self.sealed, self.sealed_s, self.hidden_pages = message, now_s, len(self.verified)
+
     def standing_fetch(self) -> Fetch:
         self.number += 1
         return Fetch(self.key, self.number, self.stream, self.heard.up_to)
 
-    def commit(self, now_s: float) -> Committed:
+    def commit(self, now_s: float, page_bytes: int) -> Committed:
         """What is handed on; the pages are no longer ours. The receipt is the source's, with what is known here."""
         assert self.sealed is not None and self.clear, self.key
         pages, self.pages = tuple(self.pages), []
         moved = self.places.prompt_tokens - self.prefix_pages * self.places.page_size
         exposed_s = now_s - self.sealed_s
-        receipt = replace(self.sealed.receipt, transferred_tokens=moved, exposed_transfer_s=exposed_s)
+        receipt = replace(
+            self.sealed.receipt,
+            transferred_tokens=moved,
+            exposed_transfer_s=exposed_s,
+            transferred_bytes=len(self.verified) * page_bytes,
+            hidden_bytes=self.hidden_pages * page_bytes,
+            transfer_s=self.transfer_s,
+        )
         return Committed(self.key, pages, self.sealed.tokens, receipt, exposed_s)
 
     def overdue(self, now_s: float, deadlines: Deadlines) -> BatonError | None:

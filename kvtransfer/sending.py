@@ -24,6 +24,7 @@ class Sending:
     page_size: int
     until_s: float  # the request's deadline
     moved_s: float  # last progress
+    entered_s: float  # the beginning of its state
     ticket: bytes = b""
     state: State = State.QUEUED
     asked: int = 1  # number of the last Next
@@ -37,6 +38,8 @@ class Sending:
     answered: bool = False  # the receiver has said that it is over, or never will
     draining: Drain | None = None  # the last one asked for
     drained: bool = False  # and it is done
+    undecided: str = ""  # the code that it was given up with after its seal, until the receiver has told its end
+    held_back: bool = False  # it was aborted, and its pages are leased yet
 
     @property
     def ended(self) -> bool:

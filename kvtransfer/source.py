@@ -41,6 +41,7 @@ class SourceEnd:
         self._pool_pages = pool_pages
         self._page_size = page_size
         self._random = random
+        self._counters = counters
         self._deadlines = timing.deadlines
         self._pages_per_ready = pages_per_ready
         self._liveness = Liveness(timing.lease)
@@ -111,6 +112,7 @@ class SourceEnd:
             page_size=self._page_size,
             until_s=self._books.now_s + event.deadline_s,
             moved_s=self._books.now_s,
+            entered_s=self._books.now_s,
             ticket=event.ticket,
         )
         self._books.begin(record)
@@ -243,9 +245,11 @@ class SourceEnd:
     def _tick_one(self, record: Sending) -> None:
         if record.ended:
             if record.drained and self._books.now_s - record.moved_s > self._deadlines.closing_s:
+                self._counters.expired(record.state)
                 self._books.bury(record)  # the receiver never answered: it holds nothing of ours, nor we of its
                 return
         elif (error := record.overdue(self._books.now_s, self._deadlines)) is not None:
+            self._counters.expired(record.state)
             self._books.give_up(record.key, error)
             return
         if self._books.now_s - record.said_s > self._deadlines.resend_s:

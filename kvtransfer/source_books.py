@@ -35,16 +35,16 @@ class SourceBooks:
     def begin(self, record: Sending) -> None:
         self.tombstones.saw(record.key, self.now_s)
         self.records[record.key] = record
-        self._counters.moved(None, State.QUEUED)
+        self._counters.moved(None, State.QUEUED, 0.0)
 
     def of(self, peer: WorkerId) -> list[Sending]:
         return [record for record in self.records.values() if record.peer == peer]
 
     def move(self, record: Sending, new: State) -> None:
         assert new in ALLOWED[record.state], (record.key, record.state, new)
-        self._counters.moved(record.state, new)
+        self._counters.moved(record.state, new, self.now_s - record.entered_s)
         record.state = new
-        record.moved_s = self.now_s
+        record.moved_s = record.entered_s = self.now_s
         if new is State.SEALED:
             self.sealed_pages += len(record.leased)
 
@@ -83,6 +83,7 @@ class SourceBooks:
             if not record.answered:  # the receiver may have posted fetches after our first drain, and now will not
                 record.answered = True
                 record.stream = message.stream or record.stream
+                self._decide(record, message.outcome if isinstance(message, Close) else State.ABORTED)
                 self._drain(record)
             return
         record.stream = message.stream or record.stream
@@ -99,12 +100,17 @@ class SourceBooks:
     ) -> None:
         """Say so at once; the pages stay leased until nothing of ours moves any more."""
         code = error.code if error else ""
-        if record.state is State.SEALED:
+        was_sealed = record.state is State.SEALED
+        if was_sealed:
             self.sealed_pages -= len(record.leased)
         self.move(record, outcome)
-        self._counters.handoff(outcome, code)
-        if outcome is State.COMMITTED:
-            self._counters.pages(len(record.leased))
+        if was_sealed and not answered:
+            record.undecided = code  # our word and the receiver's may cross: it may have committed
+        else:
+            self._count(record, outcome, code)
+        if outcome is State.ABORTED and record.leased:
+            self._counters.held_back(record.key)
+            record.held_back = True
         record.answered = answered
         record.outbox.clear()
         if not answered:
@@ -112,6 +118,17 @@ class SourceBooks:
         if drain:
             self._drain(record)
         self.effects.append(e.Closed(record.key, outcome, error))
+
+    def _count(self, record: Sending, outcome: State, code: str) -> None:
+        self._counters.handoff(outcome, code)
+        if outcome is State.COMMITTED:
+            self._counters.pages(len(record.positions))
+
+    def _decide(self, record: Sending, outcome: State) -> None:
+        """What the receiver made of a hand-off that we gave up after its seal."""
+        if record.undecided:
+            self._count(record, outcome, record.undecided if outcome is State.ABORTED else "")
+            record.undecided = ""
 
     def _drain(self, record: Sending) -> None:
         self._drains += 1
@@ -134,11 +151,15 @@ class SourceBooks:
 
     def _let_go(self, record: Sending) -> None:
         record.let_go(self._pages)
+        if record.held_back:
+            record.held_back = False
+            self._counters.let_go(record.key)
         if record.answered:
             self.say(record.peer, Drained(record.key, 0))
             self.bury(record)
 
     def bury(self, record: Sending) -> None:
         assert record.drained and record.ended
+        self._decide(record, State.ABORTED)
         del self.records[record.key]
         self.tombstones.bury(record.key, Cancelled.code, self.now_s)

@@ -90,7 +90,7 @@ class Sink:
         self.ghosts: list[e.StartFetch] = []
         self.forgets: list[WorkerId] = []
         self.end = ReceiverEnd(
-            pages=self.pool, reservations=self, counters=NoCounters(), timing=Timing(), guards=guards
+            pages=self.pool, reservations=self, counters=NoCounters(), timing=Timing(), page_bytes=64, guards=guards
         )
 
     def haunted(self) -> set[int]:

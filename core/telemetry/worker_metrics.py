@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from core.clock import Clock
+from core.telemetry.handoff_metrics import HandoffMetrics
+from core.telemetry.reclaim import Reclaims
+
 LABELS = ("model_name", "engine")
 TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-EXPOSED_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0)
 
 
 class WorkerMetrics:
     """One per worker process, with a registry of its own."""
 
-    def __init__(self, model_name: str, worker: str) -> None:
+    def __init__(self, model_name: str, worker: str, clock: Clock) -> None:
         self._registry = CollectorRegistry()
         self._where = (model_name, worker)
         self._running = self._gauge("vllm:num_requests_running", "Requests that generate tokens")
@@ -24,20 +27,14 @@ class WorkerMetrics:
         self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the pages that somebody holds; 1 is all")
         self._queries = self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._hits = self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self._fetched = self._counter("baton:fetched_tokens", "Prompt tokens fetched from another worker's cache")
         self._preemptions = self._counter("vllm:num_preemptions", "Sequences that gave their pages back unfinished")
         self._local = self._counter("baton:local_prefills", "Prompts that the decode worker prefilled itself")
-        self._moved = self._counter("baton:handoff_pages", "Pages handed over, or taken in, and verified")
         self._pages = self._gauge("baton:pages", "Pages by the state of their strongest holder", "state")
-        self._in_flight = self._gauge("baton:handoffs_in_flight", "Hand-offs under way, by state", "state")
-        self._handoffs = self._counter("baton:handoffs", "Hand-offs that have ended", "outcome")
-        self._faults = self._counter("baton:handoff_faults", "Fetches that failed or went wrong", "peer", "code")
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of one step", TOKEN_BUCKETS)
         self._step_s = self._histogram("baton:step_seconds", "Duration of one step", STEP_BUCKETS_S)
-        self._exposed_s = self._histogram(
-            "baton:exposed_transfer_seconds", "From seal to commit: what compute did not hide", EXPOSED_BUCKETS_S
-        )
-        for outcome in ("committed", "aborted"):
-            self._handoffs.labels(*self._where, outcome)
+        self.handoffs = HandoffMetrics(self._registry, dict(zip(LABELS, self._where, strict=True)))
+        self.reclaims = Reclaims(clock, self.handoffs.reclaimed)
 
     def cache_config(self, page_size: int, pages: int) -> None:
         """vLLM's info metric: the Gateway API inference extension reads both labels."""
@@ -64,25 +61,12 @@ class WorkerMetrics:
         held = total - counts.get("free", 0) - counts.get("cached", 0)
         self._usage.labels(*self._where).set(held / total if total else 0.0)
 
-    def handoffs(self, counts: dict[str, int]) -> None:
-        for state, count in counts.items():
-            self._in_flight.labels(*self._where, state).set(count)
-
-    def handoff_ended(self, outcome: str) -> None:
-        self._handoffs.labels(*self._where, outcome).inc()
-
-    def handoff_pages(self, count: int) -> None:
-        self._moved.labels(*self._where).inc(count)
-
-    def handoff_fault(self, peer: str, code: str) -> None:
-        self._faults.labels(*self._where, peer, code).inc()
-
-    def exposed_transfer(self, exposed_s: float) -> None:
-        self._exposed_s.labels(*self._where).observe(exposed_s)
-
     def prefix(self, queried_tokens: int, hit_tokens: int) -> None:
         self._queries.labels(*self._where).inc(queried_tokens)
         self._hits.labels(*self._where).inc(hit_tokens)
+
+    def fetched(self, tokens: int) -> None:
+        self._fetched.labels(*self._where).inc(tokens)
 
     def preempted(self, sequences: int) -> None:
         self._preemptions.labels(*self._where).inc(sequences)
