@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from core.sampling import MAX_STOPS, SamplingParams
+from router.internal_fields import refuse_internal
 from router.limits import Limits, ServedModel
 from router.validation import Fields, clean_text, refuse, token_ids
 
@@ -12,10 +13,6 @@ MAX_STOP_CHARS = 256
 MAX_SALT_CHARS = 128
 MAX_USER_CHARS = 512
 INT32_MAX = 2**31 - 1
-
-# Left to the server: a client that could set them would choose peers, pages or code.
-INTERNAL_FIELDS = ("kv_transfer_params", "chat_template", "prompt_embeds", "input_embeds", "nvext")
-INTERNAL_PREFIXES = ("bootstrap_", "do_remote_")
 
 # Ignoring these would change what the client gets: refused unless the value asks for nothing.
 UNSUPPORTED_FIELDS = (
@@ -28,9 +25,8 @@ UNSUPPORTED_FIELDS = (
 
 def refuse_unsupported(fields: Fields) -> None:
     """Raises InvalidRequest for fields that are internal, or that we would have to ignore to a wrong effect."""
+    refuse_internal(fields)
     for name in fields:
-        if name in INTERNAL_FIELDS or name.startswith(INTERNAL_PREFIXES):
-            refuse(fields.param(name), "is not accepted from clients")
         if name in UNSUPPORTED_FIELDS and fields.raw(name) not in (False, "", [], {}):
             refuse(fields.param(name), "is not supported")
     response_format = fields.child("response_format")
