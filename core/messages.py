@@ -201,4 +201,17 @@ class PagesChanged:
     snapshot: bool = False  # `stored` is everything: the answer to a gap
 
 
+@dataclass(frozen=True, slots=True)
+class PathReport:
+    """How pages come to a worker from one peer, as last proved."""
+
+    peer: WorkerId
+    transport: str  # empty: there is no path
+    lanes: str  # what the transport runs over, in its own words
+    bytes_per_s: float
+    latency_s: float
+    proved_s: float  # how long ago
+    trouble: str  # what is wrong with it; empty: nothing
+
+
 FromWorker = TokenBatch | RequestFailed | Load | PagesChanged

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from core.errors import HandoffError
 from core.messages import WorkerId
@@ -85,3 +85,16 @@ class Transport(Protocol):
     async def close(self) -> None:
         """Forget every peer and stop serving. Transfers in flight raise PeerLost."""
         ...
+
+
+@runtime_checkable
+class Laned(Protocol):
+    """A transport that runs over other things: devices and protocols."""
+
+    def lanes(self, peer: WorkerId) -> str:
+        """What carries the bytes of this peer, in the transport's own words; empty while it is not known."""
+        ...
+
+
+def lanes_of(transport: Transport, peer: WorkerId) -> str:
+    return transport.lanes(peer) if isinstance(transport, Laned) else ""
