@@ -62,7 +62,9 @@ class Engine:
         report: Callable[[StepReport], None],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         peer_wait_s: Callable[[], float] = lambda: 0.0,
+        step_fence: bool = True,
     ) -> None:
+        """`step_fence` False: pages go back while a step may touch them. Only tests do that, to see it missed."""
         self.pool = pool
         self.page_size = page_size
         self._executor = executor
@@ -72,6 +74,7 @@ class Engine:
         self._report = report
         self._sleep = sleep
         self._peer_wait_s = peer_wait_s
+        self._step_fence = step_fence
         self._sequences: dict[int, Sequence] = {}
         self._departing: list[Sequence] = []  # left during a step: their pages wait for its end
         self._in_flight = False
@@ -103,7 +106,7 @@ class Engine:
         if sequence.status is Status.DEPARTED:
             return
         sequence.status = Status.DEPARTED
-        if self._in_flight:
+        if self._in_flight and self._step_fence:
             self._departing.append(sequence)
         else:
             self._give_back(sequence)
