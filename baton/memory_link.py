@@ -11,7 +11,7 @@ from collections.abc import Callable
 from random import Random
 
 from core.clock import Clock
-from core.messages import Cancel, RequestFailed, Submit, TokenBatch
+from core.messages import Cancel, Lend, RequestFailed, Submit, TokenBatch
 from kvtransfer.chores import Chores
 from router.workers import Workers
 from session.desk import Desk
@@ -63,6 +63,9 @@ class MemoryLink:
 
     def cancel(self, cancel: Cancel) -> None:
         self._later(0, lambda: self._desk.cancel(cancel))
+
+    def lend(self, lend: Lend) -> None:
+        self._later(0, lambda: self._desk.lend(lend))
 
     async def _pump(self) -> None:
         queue = self._desk.open(self._router, {})

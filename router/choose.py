@@ -4,7 +4,8 @@ The cost of a pair, in seconds until the first token, with what it does to the o
 
     queue wait at P + uncached tokens / prefill rate + tokens to move / pair bandwidth + effect on D's batch
 
-P and D are chosen jointly, because a prefix at either end changes what the other has to do.
+P and D are chosen jointly, because a prefix at either end changes what the other has to do. What P lacks and a decode
+worker has, often D itself, P may fetch instead of computing it: the pair costs the cheaper of the two.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.messages import Load, Role, WorkerId, WorkerInfo
+
+WORTH = 0.5  # of the time that computing would take: P waits no longer than that for a loan
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,17 @@ class Terms:
     local_prefill_tokens: int = 128  # fewer uncached tokens than this are prefilled on D; see router.threshold
     prefill_tokens_per_s: float = 1000.0  # until a worker has reported its own
     transfer_tokens_per_s: float = 50_000.0
+    lend_tokens: int | None = 128  # fewer than this are not worth a loan; None: nothing is lent
+    loan_s: float = 0.01  # what a loan costs beside its bytes: it is asked for, granted, sealed
     batch_row_s: float = 0.002  # what one more sequence does to the others of its batch
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """What P fetches from another worker's cache before it computes the rest."""
+
+    lender: WorkerId
+    tokens: int  # the first ones of the prompt, whole pages of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +69,7 @@ class Placement:
     decode: WorkerId
     prefill: WorkerId | None = None
     cost_s: float = 0.0
+    loan: Loan | None = None
 
 
 def choose(candidates: Sequence[Candidate], need: Need, terms: Terms) -> Placement | None:
@@ -70,20 +84,43 @@ def choose(candidates: Sequence[Candidate], need: Need, terms: Terms) -> Placeme
             options.append(_local(decode, need, terms))  # by rule: a D that never prefilled has no rate to compare
         else:
             pairs = [p for p in prefills if (p.worker, decode.worker) not in need.shunned]
-            options += [_pair(p, decode, need, terms) for p in pairs]
+            options += [_pair(p, decode, need, terms, loan_for(p, decode, usable, need, terms)) for p in pairs]
     return min(options, key=lambda option: (option.cost_s, str(option.decode), str(option.prefill)), default=None)
 
 
-def _pair(prefill: Candidate, decode: Candidate, need: Need, terms: Terms) -> Placement:
-    uncached = need.prompt_tokens - prefill.cached_tokens
+def loan_for(
+    prefill: Candidate, decode: Candidate, workers: Sequence[Candidate], need: Need, terms: Terms
+) -> Loan | None:
+    """The loan that is quicker than computing, if there is one. Of two equal lenders, the one that decodes."""
+    if terms.lend_tokens is None or not prefill.info.handoff_endpoint:
+        return None
+    lenders = [w for w in workers if w.info.role is Role.DECODE and (prefill.worker, w.worker) not in need.shunned]
+    lender = max(lenders, key=lambda w: (w.cached_tokens, w is decode, str(w.worker)), default=None)
+    if lender is None:
+        return None
+    tokens = lender.cached_tokens // prefill.info.page_size * prefill.info.page_size
+    gained = tokens - prefill.cached_tokens
+    if gained < terms.lend_tokens or _fetching_s(gained, terms) >= WORTH * gained / _rate(prefill, terms):
+        return None
+    return Loan(lender.worker, tokens)
+
+
+def _fetching_s(tokens: int, terms: Terms) -> float:
+    return terms.loan_s + tokens / terms.transfer_tokens_per_s
+
+
+def _pair(prefill: Candidate, decode: Candidate, need: Need, terms: Terms, loan: Loan | None) -> Placement:
+    fetched = 0 if loan is None else loan.tokens - prefill.cached_tokens
+    uncached = need.prompt_tokens - prefill.cached_tokens - fetched
     moved = need.prompt_tokens - decode.cached_tokens
     cost_s = (
         _queue_s(prefill, terms)
+        + (_fetching_s(fetched, terms) if fetched else 0.0)
         + uncached / _rate(prefill, terms)
         + moved / terms.transfer_tokens_per_s
         + _batch_s(decode, need, terms)
     )
-    return Placement(decode.worker, prefill.worker, cost_s)
+    return Placement(decode.worker, prefill.worker, cost_s, loan)
 
 
 def _local(decode: Candidate, need: Need, terms: Terms) -> Placement:

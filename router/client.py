@@ -21,8 +21,10 @@ from core.errors import EngineError, WorkerLost
 from core.messages import (
     Cancel,
     FinishReason,
+    Lend,
     Load,
     PagesChanged,
+    Peer,
     Receipt,
     RequestFailed,
     Role,
@@ -97,6 +99,9 @@ class WorkerClient:
             )
         except WorkerLost:
             log.info("cancel of %s not sent: the session is broken", cancel.request_id)
+
+    def lend(self, lend: Lend) -> None:
+        self._put(pb.ToWorker(lend=_encode_lend(lend)))
 
     def _put(self, message: pb.ToWorker) -> None:
         try:
@@ -231,7 +236,8 @@ class WorkerClient:
             self._outbox.get_nowait()
 
     def _take(self, message: pb.FromWorker) -> None:
-        assert self._worker is not None
+        if self._worker is None:
+            return  # given up for its silence: this was on its way
         if message.HasField("batch"):
             self._workers.on_batch(self._worker, TokenBatch(tuple(map(_decode_tokens, message.batch.items))))
         elif message.HasField("failed"):
@@ -264,12 +270,30 @@ def _encode_submit(submit: Submit) -> pb.Submit:
         sampling=_encode_sampling(submit.params),
         seed=submit.seed,
         deadline_s=submit.deadline_s,
-        peer=None if peer is None else pb.Peer(worker=_encode_worker(peer.worker), endpoint=peer.endpoint),
+        peer=_encode_peer(peer) if peer else None,
         emitted=[pb.Ids(ids=ids) for ids in submit.emitted],
         finished=submit.finished,
         salt=submit.salt,
         priority=submit.priority,
+        lender=_encode_peer(submit.lender) if submit.lender else None,
+        lent_tokens=submit.lent_tokens,
     )
+
+
+def _encode_lend(lend: Lend) -> pb.Lend:
+    return pb.Lend(
+        request_id=lend.request_id,
+        attempt=lend.attempt,
+        prompt_ids=lend.prompt_ids,
+        peer=_encode_peer(lend.peer),
+        deadline_s=lend.deadline_s,
+        salt=lend.salt,
+        ticket=lend.ticket,
+    )
+
+
+def _encode_peer(peer: Peer) -> pb.Peer:
+    return pb.Peer(worker=_encode_worker(peer.worker), endpoint=peer.endpoint)
 
 
 def _encode_worker(worker: WorkerId) -> pb.WorkerId:

@@ -128,7 +128,7 @@ class Output:
         receipt = self._receipts[number]
         if receipt is None:
             return 0
-        cached = receipt.cached_prefill_tokens + receipt.cached_decode_tokens
+        cached = receipt.cached_prefill_tokens + receipt.cached_decode_tokens + receipt.fetched_tokens
         return min(cached, len(self._requests[number].prompt_ids))
 
     def usage(self) -> Usage:

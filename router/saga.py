@@ -23,14 +23,15 @@ from core.errors import (
     DeadlineExceeded,
     HandoffError,
     NoCapacity,
+    PeerLost,
     PoisonRequest,
     RequestError,
     WorkerError,
     WorkerLost,
     leaves,
 )
-from core.messages import Cancel, Peer, RequestFailed, Submit, Tokens, WorkerId
-from router.choose import Need, Placement, choose
+from core.messages import Cancel, Lend, Peer, RequestFailed, Submit, Tokens, WorkerId
+from router.choose import Loan, Need, Placement, choose
 from router.generation import GenerationRequest, Step
 from router.progress import Progress
 from router.retries import MAX_REPLAYS, POISON_WORKERS, PairHealth, RetryBudget
@@ -193,8 +194,25 @@ class Saga:
             self._workers.submit(decode.worker, self._message(run, None))
             return
         prefill = self._workers.info(placement.prefill)
-        self._workers.submit(decode.worker, self._message(run, Peer(prefill.worker, prefill.handoff_endpoint)))
-        self._workers.submit(prefill.worker, self._message(run, Peer(decode.worker, decode.handoff_endpoint)))
+        from_prefill = Peer(prefill.worker, prefill.handoff_endpoint)
+        lender = self._lend(run, placement.loan, from_prefill)
+        self._workers.submit(decode.worker, self._message(run, from_prefill))
+        told = self._message(run, Peer(decode.worker, decode.handoff_endpoint))
+        if lender is not None and placement.loan is not None:
+            told = replace(told, lender=lender, lent_tokens=placement.loan.tokens)
+        self._workers.submit(prefill.worker, told)
+
+    def _lend(self, run: _Run, loan: Loan | None, to: Peer) -> Peer | None:
+        """Tell the lender. Who it is, when it has been told: without it the prompt is computed."""
+        if loan is None:
+            return None
+        request = run.request
+        left_s = run.ends_s - self._clock()
+        ids = request.prompt_ids[: loan.tokens]
+        if not self._workers.lend(loan.lender, Lend(request.request_id, run.attempt, ids, to, left_s, request.salt)):
+            return None
+        lender = self._workers.info(loan.lender)
+        return Peer(lender.worker, lender.handoff_endpoint)
 
     def _message(self, run: _Run, peer: Peer | None) -> Submit:
         request = run.request
@@ -263,8 +281,10 @@ class Saga:
     def _blame(self, run: _Run, error: BatonError) -> None:
         placement = run.placement
         assert placement is not None
-        if isinstance(error, WorkerLost):
-            run.lost_workers += 1
+        pair = (placement.decode, placement.prefill)
+        unreached = any(worker is not None and not self._workers.reaches(worker) for worker in pair)
+        if isinstance(error, WorkerLost) or (isinstance(error, PeerLost) and unreached):
+            run.lost_workers += 1  # its peer may say so before our own session is given up
         elif isinstance(error, WorkerError):
             run.excluded.add(placement.prefill or placement.decode)
         if isinstance(error, HandoffError) and placement.prefill is not None:
@@ -275,7 +295,8 @@ class Saga:
         if run.placement is None:
             return
         cancel = Cancel(run.request.request_id, run.attempt)
-        for worker in (run.placement.decode, run.placement.prefill):
+        placement, loan = run.placement, run.placement.loan
+        for worker in dict.fromkeys((placement.decode, placement.prefill, loan.lender if loan else None)):
             if worker is not None:
                 self._workers.cancel(worker, cancel)
 

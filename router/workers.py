@@ -15,6 +15,7 @@ from core.errors import WorkerLost
 from core.hashing import block_hashes, root_hash
 from core.messages import (
     Cancel,
+    Lend,
     Load,
     PagesChanged,
     RequestFailed,
@@ -36,6 +37,8 @@ class Link(Protocol):
     def submit(self, submit: Submit) -> None: ...
 
     def cancel(self, cancel: Cancel) -> None: ...
+
+    def lend(self, lend: Lend) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +158,25 @@ class Workers:
         if known is not None:
             known.link.cancel(cancel)
 
+    def lend(self, worker: WorkerId, lend: Lend) -> bool:
+        """False when it cannot be told: nothing depends on a loan."""
+        known = self._workers.get(worker)
+        if known is None:
+            return False
+        try:
+            known.link.lend(lend)
+        except WorkerLost:
+            return False
+        return True
+
     def info(self, worker: WorkerId) -> WorkerInfo:
         """Raises WorkerLost."""
         return self._known(worker).info
+
+    def reaches(self, worker: WorkerId) -> bool:
+        """Whether its session is open."""
+        known = self._workers.get(worker)
+        return known is not None and known.connected
 
     def prefill_rate(self, worker: WorkerId) -> float:
         """Tokens per second, as it reports; 0: unknown."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from core.errors import BatonError
-from core.messages import Cancel, RequestFailed, Submit
+from core.messages import Cancel, Lend, RequestFailed, Submit
 from session.outlet import Key, Outlet, RouterQueue
 from session.tier import Tier
 
@@ -49,6 +49,10 @@ class Desk:
         self.tier.cancel(cancel)
         if not cancel.choices:
             self._outlet.forget((cancel.request_id, cancel.attempt))
+
+    def lend(self, lend: Lend) -> None:
+        """Nobody is answered: the peer has the pages, or computes."""
+        self.tier.lend(lend)
 
     def end_all(self) -> None:
         """Close every session: the worker stops, and routers hear it at once."""

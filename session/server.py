@@ -16,6 +16,7 @@ from core.errors import BatonError, InvalidRequest
 from core.messages import (
     Cancel,
     FinishReason,
+    Lend,
     Load,
     PagesChanged,
     Peer,
@@ -134,6 +135,8 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
             elif message.HasField("cancel"):
                 cancel = message.cancel
                 self._desk.cancel(Cancel(cancel.request_id, cancel.attempt, tuple(cancel.choices)))
+            elif message.HasField("lend"):
+                self._lend(router, message.lend)
         queue.end()
 
     def _submit(self, router: str, message: pb.Submit) -> None:
@@ -144,6 +147,14 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
             self._desk.refuse(router, (message.request_id, message.attempt), error)
             return
         self._desk.submit(router, submit)
+
+    def _lend(self, router: str, message: pb.Lend) -> None:
+        try:
+            lend = _decode_lend(message)
+        except BatonError as error:
+            log.warning("a Lend of %s was refused: %s", router, error.message)
+            return
+        self._desk.lend(lend)
 
 
 def add_worker_service(server: grpc.aio.Server, servicer: WorkerServicer) -> None:
@@ -179,7 +190,17 @@ def _decode_submit(m: pb.Submit) -> Submit:
         finished=tuple(m.finished),
         salt=m.salt,
         priority=m.priority,
+        lender=_decode_peer(m.lender) if m.HasField("lender") else None,
+        lent_tokens=m.lent_tokens,
     )
+
+
+def _decode_lend(m: pb.Lend) -> Lend:
+    """Raises InvalidRequest."""
+    if not m.request_id or not m.attempt or not m.prompt_ids or len(m.prompt_ids) > MAX_PROMPT_TOKENS:
+        raise InvalidRequest("Lend lacks its id, attempt or prompt")
+    peer = _decode_peer(m.peer)
+    return Lend(m.request_id, m.attempt, tuple(m.prompt_ids), peer, m.deadline_s, m.salt, m.ticket)
 
 
 def _decode_peer(m: pb.Peer) -> Peer:

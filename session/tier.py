@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from core.messages import Cancel, Load, PagesChanged, Submit, WorkerInfo
+from core.messages import Cancel, Lend, Load, PagesChanged, Submit, WorkerInfo
 
 
 class Tier(Protocol):
@@ -19,6 +19,10 @@ class Tier(Protocol):
 
     def cancel(self, cancel: Cancel) -> None:
         """Let go of an attempt, or of some of its choices. Unknown ones are ignored: cancels may come twice."""
+        ...
+
+    def lend(self, lend: Lend) -> None:
+        """Hand over what is here of it. What cannot be lent is not: nothing depends on it."""
         ...
 
     def load(self) -> Load: ...

@@ -16,7 +16,7 @@ import pytest
 from baton.__main__ import main
 from baton.local_generator import LocalGenerator
 from core.errors import EngineError, InvalidRequest
-from core.messages import Cancel, Load, PagesChanged, Submit, WorkerInfo
+from core.messages import Cancel, Lend, Load, PagesChanged, Submit, WorkerInfo
 from core.sampling import SamplingParams
 from router.generation import GenerationRequest
 from router.tokenizer import LONG_TEXT_CHARS
@@ -176,6 +176,8 @@ class SilentTier:
 
     def cancel(self, cancel: Cancel) -> None:
         self.running.discard(cancel.request_id)
+
+    def lend(self, lend: Lend) -> None: ...
 
     def load(self) -> Load:
         return Load()

@@ -14,6 +14,7 @@ from core.errors import EngineError, InvalidRequest
 from core.messages import (
     Cancel,
     FinishReason,
+    Lend,
     Load,
     PagesChanged,
     Peer,
@@ -48,6 +49,7 @@ class ScriptedTier:
         self.info = info
         self.submitted: list[Submit] = []
         self.cancelled: list[Cancel] = []
+        self.lent: list[Lend] = []
         self.refuses: InvalidRequest | None = None
         self.stuck = False
         self.changes: list[PagesChanged] = []
@@ -60,6 +62,9 @@ class ScriptedTier:
 
     def cancel(self, cancel: Cancel) -> None:
         self.cancelled.append(cancel)
+
+    def lend(self, lend: Lend) -> None:
+        self.lent.append(lend)
 
     def load(self) -> Load:
         return self.load_now
