@@ -71,7 +71,7 @@ def test_long_prompts_go_to_prefill_and_second_turns_find_their_history() -> Non
         shares = {"computed_tokens": 200, "transferred_tokens": 200}
         figures = ("exposed_transfer_s", "queue_s", "transferred_bytes", "hidden_bytes", "transfer_s")
         assert receipts[0] == Receipt(**shares, **{name: getattr(receipts[0], name) for name in figures})
-        assert receipts[0].transfer_s > 0 and 0 < (receipts[0].overlap or 0) < 1, "chunks moved while others were computed"
+        assert 0 < (receipts[0].overlap or 0) < 1, "chunks moved while others were computed"
         assert receipts[1].cached_decode_tokens >= 224, "the history lies on the decode worker"
         assert await cluster.quiesce() == []
         await cluster.close()
