@@ -22,7 +22,7 @@ from core.messages import Peer, Receipt, Token, WorkerId
 from kvtransfer import events as e
 from kvtransfer import fingerprint as prints
 from kvtransfer.chores import Chores
-from kvtransfer.digest import algorithm, digest_page
+from kvtransfer.digest import Digest, algorithm, digest_page
 from kvtransfer.frames import Frames
 from kvtransfer.liveness import Timing
 from kvtransfer.messages import Grant, HandoffKey, Open, PageEntry, ToSource
@@ -33,9 +33,14 @@ from kvtransfer.states import State
 from kvtransfer.transport import Transport
 
 READY_BYTES = 128 << 10  # of one Ready; control messages are at most 256 KiB
-ENTRY_BYTES, DIGEST_BYTES = 64, 11  # on the wire, at most
+ENTRY_BYTES = 64  # of a page's entry on the wire beside its digests, at most
 
 OnClosed = Callable[[HandoffKey, State, BatonError | None], None]
+
+
+def pages_per_ready(digests_bytes: int) -> int:
+    """How many pages one Ready names, when each has so many bytes of digests."""
+    return max(1, READY_BYTES // (ENTRY_BYTES + digests_bytes))
 
 
 class HandoffSource:
@@ -55,7 +60,9 @@ class HandoffSource:
         on_closed: OnClosed,
         counters: Counters | None = None,
         timing: Timing | None = None,
+        digest: Digest | None = None,
     ) -> None:
+        """`digest`: the one that the fingerprint names; to be given when it is keyed."""
         self.me = me
         self._frames = frames
         self._transport = transport
@@ -64,7 +71,8 @@ class HandoffSource:
         self._offload = offload
         self._on_closed = on_closed
         self._timing = timing or Timing()
-        self._segment_digest = algorithm(fingerprint.digest)
+        self._digest = digest or Digest(fingerprint.digest, algorithm(fingerprint.digest))
+        assert self._digest.name == fingerprint.digest, (self._digest.name, fingerprint.digest)
         self._end = SourceEnd(
             pages=pages,
             pool_pages=frames.pages,
@@ -72,7 +80,7 @@ class HandoffSource:
             random=random,
             counters=counters or NoCounters(),
             timing=self._timing,
-            pages_per_ready=max(1, READY_BYTES // (ENTRY_BYTES + DIGEST_BYTES * frames.layout.kv_heads)),
+            pages_per_ready=pages_per_ready(self._digest.width * frames.layout.kv_heads),
         )
         self._offers: dict[HandoffKey, asyncio.Future[Grant]] = {}
         self._granted: set[HandoffKey] = set()
@@ -110,6 +118,10 @@ class HandoffSource:
     def counts(self) -> dict[str, int]:
         """Hand-offs by state."""
         return self._end.counts()
+
+    def meet(self, peer: Peer) -> None:
+        """Begin the session with a peer to whom a prompt will be offered when its turn has come."""
+        self._handle(e.Meet(peer))
 
     async def offer(
         self, key: HandoffKey, peer: Peer, prompt_tokens: int, choices: int, deadline_s: float, ticket: bytes = b""
@@ -258,4 +270,4 @@ class HandoffSource:
         if known is not None and (known.epoch, known.block_hash) == (entry.epoch, entry.block_hash):
             return replace(entry, digests=known.digests)
         layout = self._frames.layout
-        return replace(entry, digests=digest_page(self._frames.buffer, layout, entry.page, self._segment_digest))
+        return replace(entry, digests=digest_page(self._frames.buffer, layout, entry.page, self._digest.of))

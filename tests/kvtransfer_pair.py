@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -12,7 +12,7 @@ from core.hashing import block_hashes, root_hash
 from core.layout import PageLayout
 from core.messages import Peer, Receipt, Token, WorkerId
 from engine.pool import PagePool
-from kvtransfer.digest import XXH3_64, algorithm
+from kvtransfer.digest import XXH3_64, Digest, algorithm, plain
 from kvtransfer.fingerprint import Fingerprint
 from kvtransfer.frames import Frames
 from kvtransfer.intake import Guards
@@ -174,6 +174,7 @@ class Sending:
         fingerprint: Fingerprint = PRINT,
         offload: Any = inline,
         counters: Any = None,
+        digest: Digest | None = None,
     ) -> None:
         self.me = name
         self.frames = frames
@@ -194,6 +195,7 @@ class Sending:
             on_closed=self.on_closed,
             timing=timing,
             counters=counters,
+            digest=digest,
         )
 
     def on_closed(self, key: HandoffKey, outcome: State, error: BatonError | None) -> None:
@@ -293,6 +295,7 @@ async def memory_pair(
     guards: Guards | None = None,
     check_epoch: bool = True,
     counters: Any = None,
+    digest: Digest | None = None,
 ) -> Pair:
     clock = asyncio.get_running_loop().time
     fabric = MemoryFabric(Random(seed), mischief or Mischief(), check_epoch=check_epoch)
@@ -300,10 +303,12 @@ async def memory_pair(
     p_frames, d_frames = Frames.anonymous(LAYOUT, pages), Frames.anonymous(LAYOUT, pages)
     p_id, d_id = WorkerId("p", 1), WorkerId("d", 1)
     p_transport, d_transport = MemoryTransport(p_id, fabric), MemoryTransport(d_id, fabric)
-    await p_transport.serve(p_frames, XXH3)
-    await d_transport.serve(d_frames, XXH3)
-    p = Sending(p_id, p_frames, p_transport, clock, Random(seed + 2), timing=timing, counters=counters)
-    d = Receiving(d_id, d_frames, d_transport, clock, timing=timing, guards=guards, counters=counters)
+    digest = digest or plain()
+    await p_transport.serve(p_frames, digest.of)
+    await d_transport.serve(d_frames, digest.of)
+    both: dict[str, Any] = {"timing": timing, "counters": counters, "fingerprint": replace(PRINT, digest=digest.name)}
+    p = Sending(p_id, p_frames, p_transport, clock, Random(seed + 2), digest=digest, **both)
+    d = Receiving(d_id, d_frames, d_transport, clock, guards=guards, **both)
     d.link.start(network.add_receiver("d", d.link))
     p.link.start(network.add_source(p.link))
     return Pair(fabric, network, p, d)

@@ -22,7 +22,7 @@ from kvtransfer.frames import Frames
 from kvtransfer.liveness import LeaseTerms, Timing
 from kvtransfer.memory import MemoryFabric, MemoryTransport
 from kvtransfer.places import tail_hash
-from kvtransfer.source_link import DIGEST_BYTES, ENTRY_BYTES, READY_BYTES
+from kvtransfer.source_link import READY_BYTES, pages_per_ready
 from kvtransfer.states import State
 from wire import handoff_pb2 as pb
 from wire import handoff_pb2_grpc
@@ -239,11 +239,12 @@ async def test_a_call_that_does_not_begin_with_open_is_ended(host: Host) -> None
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
-async def test_a_prompt_with_thousands_of_pages_is_said_in_small_messages() -> None:
-    heads = PageLayout(kv_heads=128, layers=1, page_size=16, head_dim=2, dtype="uint8")
-    each = READY_BYTES // (ENTRY_BYTES + DIGEST_BYTES * heads.kv_heads)
-    entry = m.PageEntry(2**32 - 1, b"h" * 16, 2**32 - 1, 2**64 - 1, b"d" * 8 * heads.kv_heads)
-    ready = m.Ready(m.HandoffKey("r" * 200, 2**31), 2**31, (entry,) * each)
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
+@pytest.mark.parametrize("kv_heads", [1, 8, 128])
+def test_a_prompt_with_thousands_of_pages_is_said_in_small_messages(width: int, kv_heads: int) -> None:
+    digests = b"d" * width * kv_heads
+    entry = m.PageEntry(2**32 - 1, b"h" * 16, 2**32 - 1, 2**64 - 1, digests)
+    ready = m.Ready(m.HandoffKey("r" * 200, 2**31), 2**31, (entry,) * pages_per_ready(len(digests)))
     assert READY_BYTES // 2 < client.encode(ready).ByteSize() < server.MAX_MESSAGE_BYTES
 
 
