@@ -7,7 +7,7 @@ adversarial transport and virtual time. Everything between is the same code.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -16,6 +16,7 @@ from baton.tier import WorkerTier, policy_for
 from core.clock import Clock
 from core.messages import Role, WorkerId, WorkerInfo
 from core.telemetry.worker_metrics import WorkerMetrics
+from decode_service.lender import Lender
 from decode_service.policy import DecodePolicy, LocalBudget
 from decode_service.service import DecodeService
 from engine.batch import Executor
@@ -27,10 +28,14 @@ from kvtransfer.digest import XXH3_64
 from kvtransfer.fingerprint import Fingerprint
 from kvtransfer.frames import Frames
 from kvtransfer.liveness import Timing
+from kvtransfer.messages import HandoffKey
+from kvtransfer.ports import Reservations
 from kvtransfer.receiver_link import HandoffReceiver, Outcomes
-from kvtransfer.source_link import HandoffSource
+from kvtransfer.source_link import HandoffSource, OnClosed
 from kvtransfer.states import State
 from kvtransfer.transport import Transport
+from kvtransfer.two_ends import TwoEnds
+from prefill_service.borrower import Borrower
 from prefill_service.policy import PrefillPolicy
 from prefill_service.service import PrefillService
 from session.outlet import Outlet
@@ -74,22 +79,32 @@ class Machine:
 
 
 class HandoffCounts:
-    """kvtransfer.ports.Counters, into the worker's metrics."""
+    """kvtransfer.ports.Counters of one end (telemetry.handoff_metrics.ENDS), into the worker's metrics."""
 
-    def __init__(self, metrics: WorkerMetrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: WorkerMetrics, end: str) -> None:
+        self._end = metrics.handoffs.end(end)
+        self._reclaims = metrics.reclaims
 
     def handoff(self, outcome: State, code: str) -> None:
-        self._metrics.handoff_ended(outcome.value)
+        self._end.ended(outcome.value)
 
     def pages(self, count: int) -> None:
-        self._metrics.handoff_pages(count)
+        self._end.pages(count)
 
-    def moved(self, old: State | None, new: State) -> None:
-        """The gauge is read from the ends themselves."""
+    def moved(self, old: State | None, new: State, lasted_s: float) -> None:
+        self._end.moved(old.value if old else None, new.value, lasted_s)
+
+    def expired(self, state: State) -> None:
+        self._end.expired(state.value)
 
     def fault(self, peer: WorkerId, code: str) -> None:
-        self._metrics.handoff_fault(peer.name, code)
+        self._end.fault(peer.name, code)
+
+    def held_back(self, key: HandoffKey) -> None:
+        self._reclaims.hold(key.of_attempt)
+
+    def let_go(self, key: HandoffKey) -> None:
+        self._reclaims.let_go(key.of_attempt)
 
 
 class Worker:
@@ -99,7 +114,7 @@ class Worker:
         self.info = info
         self.machine = machine
         self.pool = PagePool(machine.frames.pages, epochs=machine.frames.epochs)
-        self.metrics = WorkerMetrics(served_name, info.worker.name)
+        self.metrics = WorkerMetrics(served_name, info.worker.name, machine.clock)
         self.metrics.cache_config(info.page_size, info.pages_total)
         self.outlet = Outlet(machine.clock)
         self.source: HandoffSource | None = None
@@ -144,25 +159,25 @@ class Worker:
         return Fingerprint(self._model.identity, self.machine.frames.layout, XXH3_64)
 
     def _prefill_service(self) -> PrefillService:
-        machine = self.machine
-        spawn = self._chores.spawn
+        machine, size = self.machine, self.info.page_size
         service = PrefillService(
-            self.engine, self._intake, self.outlet, machine.clock, lambda offer: spawn(offer, "offer"), self.metrics
+            self.engine, self._intake, self.outlet, machine.clock, self._spawner("offer"), self.metrics
         )
-        self.source = HandoffSource(
-            me=self.info.worker,
-            fingerprint=self._fingerprint(),
-            pages=self.pool,
-            frames=machine.frames,
-            transport=machine.transport,
-            clock=machine.clock,
-            random=machine.random,
-            offload=machine.offload,
-            on_closed=service.on_closed,
-            counters=HandoffCounts(self.metrics),
-            timing=machine.timing,
+        borrower = Borrower(
+            self.pool,
+            size,
+            machine.clock,
+            self._spawner("loan"),
+            self.metrics,
+            rate=lambda: self.tier.prefill_rate,
+            free_pages=lambda: service.free_pages,
+            settled=service.pump,
         )
-        service.attach(self.source)
+        outcomes = Outcomes(borrower.on_commit, borrower.on_abort)
+        self._join_ends(service.on_closed, borrower, outcomes)
+        assert self.source is not None and self.receiver is not None
+        service.attach(self.source, borrower)
+        borrower.attach(self.receiver)
         self.tier.handoffs = self.source.counts
         return service
 
@@ -173,20 +188,47 @@ class Worker:
             self.engine, self._intake, self.outlet, machine.clock, self.metrics, max_local_tokens=local_tokens
         )
         if takes_handoffs:
-            self.receiver = HandoffReceiver(
-                me=self.info.worker,
-                fingerprint=self._fingerprint(),
-                pages=self.pool,
-                reservations=service,
-                transport=machine.transport,
-                clock=machine.clock,
-                outcomes=Outcomes(service.on_commit, service.on_abort),
-                counters=HandoffCounts(self.metrics),
-                timing=machine.timing,
-            )
+            lender = Lender(self.engine, self._intake.identity, self._intake.vocabulary, self._spawner("loan"))
+            self._join_ends(lender.on_closed, service, Outcomes(service.on_commit, service.on_abort))
+            assert self.source is not None and self.receiver is not None
             service.attach(self.receiver)
+            lender.attach(self.source)
+            self.tier.lender = lender
             self.tier.handoffs = self.receiver.counts
         return service
+
+    def _spawner(self, name: str) -> Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]:
+        return lambda coroutine: self._chores.spawn(coroutine, name)
+
+    def _join_ends(self, on_closed: OnClosed, reservations: Reservations, outcomes: Outcomes) -> None:
+        """Both ends of the hand-off, over one transport and one pool. One of them has the loans."""
+        machine, lends = self.machine, self.info.role is Role.DECODE
+        ends = TwoEnds(machine.transport)
+        self.source = HandoffSource(
+            me=self.info.worker,
+            fingerprint=self._fingerprint(),
+            pages=self.pool,
+            frames=machine.frames,
+            transport=ends.source,
+            clock=machine.clock,
+            random=machine.random,
+            offload=machine.offload,
+            on_closed=on_closed,
+            counters=HandoffCounts(self.metrics, "lender" if lends else "source"),
+            timing=machine.timing,
+        )
+        self.receiver = HandoffReceiver(
+            me=self.info.worker,
+            fingerprint=self._fingerprint(),
+            pages=self.pool,
+            reservations=reservations,
+            transport=ends.receiver,
+            clock=machine.clock,
+            outcomes=outcomes,
+            counters=HandoffCounts(self.metrics, "receiver" if lends else "borrower"),
+            timing=machine.timing,
+        )
+        ends.source.peer_gone, ends.receiver.peer_gone = self.source.peer_gone, self.receiver.peer_gone
 
 
 def _decode_policy(role: Role, limits: Limits) -> DecodePolicy:

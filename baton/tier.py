@@ -1,8 +1,8 @@
 """Composes a worker: one engine under one policy or both, the services over it, what sessions see of them.
 
 role         policy                                   services
-prefill      PrefillPolicy                            PrefillService with the hand-off's source
-decode       DecodePolicy (with a local budget)       DecodeService with the hand-off's receiver
+prefill      PrefillPolicy                            PrefillService, source of hand-offs; Borrower, receiver of loans
+decode       DecodePolicy (with a local budget)       DecodeService, receiver of hand-offs; Lender, source of loans
 aggregated   DecodePolicy, then PrefillPolicy         DecodeService alone: nothing is handed off
 """
 
@@ -14,13 +14,15 @@ from dataclasses import dataclass
 
 from core.clock import Clock
 from core.errors import EngineError, NoCapacity
-from core.messages import Cancel, Load, PagesChanged, Role, Submit, WorkerInfo
+from core.messages import Cancel, Lend, Load, PagesChanged, Role, Submit, WorkerInfo
 from core.telemetry.worker_metrics import WorkerMetrics
+from decode_service.lender import Lender
 from decode_service.policy import DecodePolicy, LocalBudget
 from decode_service.service import DecodeService
 from engine.engine import Engine, StepReport
 from engine.policy import EngineView, Policy, StepPlan
 from engine.pool import PagePool
+from kvtransfer.messages import HandoffKey
 from prefill_service.policy import PrefillPolicy
 from prefill_service.service import PrefillService
 
@@ -62,6 +64,7 @@ class WorkerTier:
         self._clock = clock
         self.prefill: PrefillService | None = None
         self.decode: DecodeService | None = None
+        self.lender: Lender | None = None
         self.local: LocalBudget | None = None  # of the decode policy: follows the measured rate
         self.handoffs: Callable[[], dict[str, int]] = dict
         self.published: Callable[[], None] = _nothing  # called after each step: the feeds take the changes
@@ -69,7 +72,7 @@ class WorkerTier:
         self._load = Load()
         self._load_s = float("-inf")
         self._changes = 0
-        self._prefill_rate = 0.0  # tokens per second of steps that are mostly prompts
+        self.prefill_rate = 0.0  # tokens per second of steps that are mostly prompts
         self._step_s = 0.0
         self._preemptions = 0
 
@@ -93,6 +96,12 @@ class WorkerTier:
             self.prefill.cancel(cancel)
         if self.decode is not None:
             self.decode.cancel(cancel)
+        if self.lender is not None and not cancel.choices:
+            self.lender.cancel(HandoffKey(cancel.request_id, cancel.attempt))
+
+    def lend(self, lend: Lend) -> None:
+        if self.lender is not None:
+            self.lender.lend(lend)
 
     def load(self) -> Load:
         now_s = self._clock()
@@ -128,9 +137,9 @@ class WorkerTier:
         self._step_s += RATE_WEIGHT * (report.step_s - self._step_s)
         if report.tokens >= 64 and report.step_s > 0 and report.tokens > 4 * len(report.sampled):
             rate = report.tokens / report.step_s
-            self._prefill_rate += (RATE_WEIGHT if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
+            self.prefill_rate += (RATE_WEIGHT if self.prefill_rate else 1.0) * (rate - self.prefill_rate)
             if self.local is not None:
-                self.local.tokens_per_s = LOCAL_SHARE * self._prefill_rate
+                self.local.tokens_per_s = LOCAL_SHARE * self.prefill_rate
         if self.prefill is not None:
             self.prefill.on_step(report)
         if self.decode is not None:
@@ -149,7 +158,6 @@ class WorkerTier:
         load = self._measure()
         self._metrics.requests(load.running_requests, load.waiting_requests)
         self._metrics.pages(load.pages)
-        self._metrics.handoffs(load.handoffs)
 
     def _measure(self) -> Load:
         sequences = self._engine.sequences
@@ -164,7 +172,7 @@ class WorkerTier:
             waiting_tokens=tokens,
             running_requests=sum(s.is_decoding for s in sequences),
             pages=self._pool.counts(),
-            prefill_tokens_per_s=round(self._prefill_rate, 1),
+            prefill_tokens_per_s=round(self.prefill_rate, 1),
             step_s=round(self._step_s, 4),
             handoffs=self.handoffs(),
             draining=self.draining,

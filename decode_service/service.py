@@ -10,7 +10,8 @@ A newer attempt of a request takes the place of an older one; the pages that the
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from core.clock import Clock
@@ -111,7 +112,11 @@ class DecodeService:
         for choice in cancel.choices:
             self._end_choice(job, choice)
         if not cancel.choices:
+            self._metrics.reclaims.cancelled(_ids(job))
             self._drop(job)
+            for sequence in job.sequences.values():
+                self._metrics.reclaims.hold_until(_ids(job), partial(_is_back, sequence))
+            self._metrics.reclaims.let_go(_ids(job))
 
     def _supersede(self, submit: Submit) -> None:
         """Raises InvalidRequest for an attempt that is older than one we have."""
@@ -180,9 +185,9 @@ class DecodeService:
             self._engine.pool.release_all(pages)
             return
         job.expected = False
-        self._metrics.exposed_transfer(exposed_transfer_s)
         self._metrics.prefix(job.shared.prompt_tokens, min(job.shared.cached_tokens, job.shared.prompt_tokens))
         job.receipt = self._receipt_of(job, receipt, exposed_transfer_s)
+        self._metrics.handoffs.taken(job.receipt)
         shared = job.shared
         self._engine.adopt(shared, list(pages), len(shared.ids))
         if self._intake.parted(job.submit):
@@ -225,6 +230,7 @@ class DecodeService:
 
     def on_step(self, report: StepReport) -> None:
         """One step's tokens go out together; choices that have ended are let go of."""
+        self._metrics.reclaims.stepped()
         news: dict[HandoffKey, list[Token]] = {}
         for item in report.sampled:
             key = HandoffKey(item.sequence.request_id, item.sequence.attempt)
@@ -308,16 +314,21 @@ class DecodeService:
         return running + sum(self._growth_of(shared) * len(shared.choices) for shared in coming)
 
     def _receipt_of(self, job: _Job, receipt: Receipt, exposed_s: float) -> Receipt:
-        """The source's share, less what was cached here: where both had it, it was ours that counted."""
-        here = min(job.shared.cached_tokens, job.shared.prompt_tokens)
-        cached_there = max(0, receipt.cached_prefill_tokens - here)
-        return Receipt(
+        """The source's share, less what was cached here: where both had it, it was ours that counted.
+
+        What the source fetched was fetched, though it may have been from here; and lies after what it had itself.
+        """
+        cached_there, fetched = receipt.cached_prefill_tokens, receipt.fetched_tokens
+        all_here = min(job.shared.cached_tokens, job.shared.prompt_tokens)
+        here = min(all_here, cached_there) + max(0, all_here - cached_there - fetched)
+        cached_there = max(0, cached_there - all_here)
+        return replace(
+            receipt,
             cached_prefill_tokens=cached_there,
             cached_decode_tokens=here,
-            computed_tokens=job.shared.prompt_tokens - here - cached_there,
-            transferred_tokens=job.shared.prompt_tokens - here,
+            computed_tokens=job.shared.prompt_tokens - here - cached_there - fetched,
+            transferred_tokens=job.shared.prompt_tokens - all_here,
             exposed_transfer_s=exposed_s,
-            queue_s=receipt.queue_s,
         )
 
     def _local_receipt(self, sequence: Sequence) -> Receipt:
@@ -341,3 +352,8 @@ class DecodeService:
 
 def _ids(job: _Job) -> tuple[str, int]:
     return job.submit.request_id, job.submit.attempt
+
+
+def _is_back(sequence: Sequence) -> bool:
+    """The step that used its pages has ended."""
+    return not sequence.pages

@@ -16,6 +16,8 @@ from core.messages import Receipt, Token, WorkerId
 from kvtransfer.fingerprint import Fingerprint
 from kvtransfer.states import State
 
+HISTORY = "/history"
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class HandoffKey:
@@ -30,7 +32,12 @@ class HandoffKey:
     @property
     def history(self) -> HandoffKey:
         """The loan of pages that precedes this hand-off. No request has such a name: routers draw theirs."""
-        return HandoffKey(f"{self.request_id}/history", self.attempt)
+        return HandoffKey(self.request_id + HISTORY, self.attempt)
+
+    @property
+    def of_attempt(self) -> tuple[str, int]:
+        """The attempt that it is for, whether it is its hand-off or the loan before that."""
+        return self.request_id.removesuffix(HISTORY), self.attempt
 
 
 @dataclass(frozen=True, slots=True)

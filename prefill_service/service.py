@@ -1,6 +1,7 @@
 """The life of an attempt on the prefill tier: queued, granted, computed chunk by chunk, sealed, closed.
 
     submit -> queued --its turn; Next--> granted --chunks; Ready--> sealed, token 0 --Close--> pages back to the cache
+                 `--a lender was named: its pages are fetched meanwhile (prefill_service.borrower)
 
     failed or cancelled at any point: the source's end of the hand-off tells the peer
 
@@ -25,6 +26,7 @@ from engine.intake import Intake
 from kvtransfer.messages import Grant, HandoffKey
 from kvtransfer.places import FilledPage, tail_hash
 from kvtransfer.states import State
+from prefill_service.borrower import Borrower
 from session.outlet import Outlet
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class _Job:
     granted: bool = False
     sealed: bool = False
     told_pages: int = 0  # full pages that the peer has or has been told of
+    fetched_tokens: int = 0  # of the prefix that was found in the cache: what a lender had lent
 
     @property
     def key(self) -> HandoffKey:
@@ -93,9 +96,10 @@ class PrefillService:
         self._grant_wait_s = grant_wait_s
         self._jobs: dict[HandoffKey, _Job] = {}
 
-    def attach(self, source: Source) -> None:
-        """The hand-off's end, which calls `on_closed` and so is made after this."""
+    def attach(self, source: Source, borrower: Borrower) -> None:
+        """The hand-off's end, which calls `on_closed` and so is made after this; and who fetches history for us."""
         self._source = source
+        self._borrower = borrower
 
     # --- from the router ---------------------------------------------------------------------------------------
 
@@ -109,13 +113,18 @@ class PrefillService:
         sequence = self._intake.shared(submit, self._engine.new_id(), single_step=True)
         job = _Job(submit, submit.peer, sequence)
         self._jobs[job.key] = job
+        self._borrower.ask(submit, sequence)
         self.pump()
 
     def cancel(self, cancel: Cancel) -> None:
         job = self._jobs.get(HandoffKey(cancel.request_id, cancel.attempt))
         if job is None or cancel.choices:
             return
+        reclaims, key = self._metrics.reclaims, (cancel.request_id, cancel.attempt)
+        reclaims.cancelled(key)
         self._end(job, Cancelled("cancelled by the router"), tell_router=False)
+        reclaims.hold_until(key, lambda: not job.sequence.pages)
+        reclaims.let_go(key)
 
     # --- the queue ---------------------------------------------------------------------------------------------
 
@@ -125,7 +134,8 @@ class PrefillService:
         for job in [j for j in self._jobs.values() if j.sequence.deadline_s <= now_s and not j.sealed]:
             self._end(job, DeadlineExceeded("the prefill did not begin or end in time"))
         ahead = self._ahead()
-        queue = [j for j in self._jobs.values() if not _is_ahead(j) and not j.sealed]
+        idle = [j for j in self._jobs.values() if not _is_ahead(j) and not j.sealed]
+        queue = [j for j in idle if not self._borrower.waits(j.key)]
         for job in sorted(queue, key=_urgency):
             if not self._source.accepts_prefill or not self._has_room(job):
                 break
@@ -143,9 +153,15 @@ class PrefillService:
 
     def _has_room(self, job: _Job) -> bool:
         """Pages for the whole prompt, beside what those ahead of it will take."""
+        missing = -(-len(job.sequence.ids) // self._engine.page_size) - self._borrower.pinned_pages(job.key)
+        return missing <= self.free_pages
+
+    @property
+    def free_pages(self) -> int:
+        """Reusable ones that no attempt waits to take."""
         size = self._engine.page_size
         asked = sum(-(-len(j.sequence.ids) // size) for j in self._jobs.values() if j.offer is not None)
-        return asked + -(-len(job.sequence.ids) // size) <= self._engine.pool.reusable
+        return self._engine.pool.reusable - asked
 
     async def _offer(self, job: _Job) -> None:
         """Ask the peer for pages; begin when it grants them. A peer that stays full is the router's to replace."""
@@ -169,6 +185,7 @@ class PrefillService:
             self._end(job, NoCapacity("the prefill pool filled up while the grant was on its way"))
             return
         job.granted = True
+        job.fetched_tokens = self._borrower.take(job.key, job.sequence.cached_tokens)
         job.told_pages = grant.prefix_pages
         self._engine.add(job.sequence)
         self._tell_ready(job)
@@ -176,6 +193,7 @@ class PrefillService:
     # --- from the engine ---------------------------------------------------------------------------------------
 
     def on_step(self, report: StepReport) -> None:
+        self._metrics.reclaims.stepped()
         for sequence in report.advanced:
             job = self._job_of(sequence)
             if job is not None:
@@ -209,12 +227,15 @@ class PrefillService:
         """The prompt is computed and its next tokens are known: to the router first, then to the peer."""
         self._tell_ready(job)
         job.sealed = True
-        self._metrics.prefix(job.sequence.prompt_tokens, job.sequence.cached_tokens)
+        self._metrics.prefix(job.sequence.prompt_tokens, job.sequence.cached_tokens - job.fetched_tokens)
         sequence = job.sequence
         tokens = tuple(_token(item, sequence.output_tokens) for item in items)
-        self._outlet.send([Tokens(sequence.request_id, sequence.attempt, tokens)])
+        receipt = self._receipt(job)
+        last = all(token.finish is not None for token in tokens)  # the router waits for nobody's word after these
+        said = Tokens(sequence.request_id, sequence.attempt, tokens, receipt if last else None)
+        self._outlet.send([said])
         self._outlet.end((sequence.request_id, sequence.attempt))
-        self._source.seal(job.key, self._tail(sequence), tokens, self._receipt(sequence))
+        self._source.seal(job.key, self._tail(sequence), tokens, receipt)
 
     def _tail(self, sequence: sequences.Sequence) -> FilledPage | None:
         """The partly filled last page, zeroed past its end: what else lay there is nobody's business."""
@@ -226,10 +247,16 @@ class PrefillService:
         name = tail_hash(sequence.full_hashes(size)[:full], sequence.ids[full * size :])
         return FilledPage(full, name, sequence.pages[full])
 
-    def _receipt(self, sequence: sequences.Sequence) -> Receipt:
+    def _receipt(self, job: _Job) -> Receipt:
+        sequence = job.sequence
         queue_s = (sequence.first_admitted_s or sequence.arrived_s) - sequence.arrived_s
         computed = sequence.prompt_tokens - sequence.cached_tokens
-        return Receipt(cached_prefill_tokens=sequence.cached_tokens, computed_tokens=computed, queue_s=queue_s)
+        return Receipt(
+            cached_prefill_tokens=sequence.cached_tokens - job.fetched_tokens,
+            fetched_tokens=job.fetched_tokens,
+            computed_tokens=computed,
+            queue_s=queue_s,
+        )
 
     # --- from the hand-off -------------------------------------------------------------------------------------
 
@@ -238,6 +265,7 @@ class PrefillService:
         job = self._jobs.pop(key, None)
         if job is None:
             return
+        self._borrower.drop(key)
         if job.offer is not None:
             job.offer.cancel()
         if job.sequence.status is not sequences.Status.WAITING:
@@ -249,6 +277,7 @@ class PrefillService:
     def _end(self, job: _Job, error: BatonError, *, tell_router: bool = True) -> None:
         """This attempt is over here: the peer is told, the router if it does not know."""
         self._jobs.pop(job.key, None)
+        self._borrower.drop(job.key)
         if job.offer is not None:
             job.offer.cancel()
         if isinstance(error, Cancelled):

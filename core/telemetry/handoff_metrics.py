@@ -1,5 +1,7 @@
 """A worker's metrics of hand-offs. A worker has two ends: what it gives away is told from what it takes in.
 
+The pages of requests go from source to receiver; a loan, which only fills a cache, goes from lender to borrower.
+
 Every hand-off is counted at both of its ends: sum one `end` over the workers, never both.
 """
 
@@ -11,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from core.messages import Receipt
 
-ENDS = ("source", "receiver")
+ENDS = ("source", "receiver", "lender", "borrower")
 OPEN_STATES = ("queued", "granted", "streaming", "sealed")
 OUTCOMES = ("committed", "aborted")
 STATE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 300.0)

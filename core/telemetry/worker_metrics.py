@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from core.clock import Clock
 from core.telemetry.handoff_metrics import HandoffMetrics
+from core.telemetry.path_metrics import PathMetrics
 from core.telemetry.reclaim import Reclaims
 
 LABELS = ("model_name", "engine")
@@ -33,7 +34,9 @@ class WorkerMetrics:
         self._pages = self._gauge("baton:pages", "Pages by the state of their strongest holder", "state")
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of one step", TOKEN_BUCKETS)
         self._step_s = self._histogram("baton:step_seconds", "Duration of one step", STEP_BUCKETS_S)
-        self.handoffs = HandoffMetrics(self._registry, dict(zip(LABELS, self._where, strict=True)))
+        labels = dict(zip(LABELS, self._where, strict=True))
+        self.handoffs = HandoffMetrics(self._registry, labels)
+        self.paths = PathMetrics(self._registry, labels)
         self.reclaims = Reclaims(clock, self.handoffs.reclaimed)
 
     def cache_config(self, page_size: int, pages: int) -> None:
