@@ -56,6 +56,13 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Meet:
+    """A hand-off to this peer will be offered: dial it now, so that it hears of us, and of our end."""
+
+    peer: Peer
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     key: HandoffKey
     peer: Peer
@@ -122,7 +129,7 @@ class FromReceiver:
 
 
 SourceEvent = (
-    Offer | Filled | Seal | Digested | GiveUp | AskAgain | DrainDone | FromReceiver
+    Meet | Offer | Filled | Seal | Digested | GiveUp | AskAgain | DrainDone | FromReceiver
     | SessionUp | SessionDown | PeerGone | Forgotten | Tick
 )  # fmt: skip
 

@@ -77,6 +77,11 @@ class Liveness:
         peer = self._peers.get(worker)
         return peer is not None and peer.down_since_s is None
 
+    def was_up(self, worker: WorkerId) -> bool:
+        """There has been a session with it."""
+        peer = self._peers.get(worker)
+        return peer is not None and peer.ever_up
+
     def due(self, now_s: float) -> list[WorkerId]:
         """The peers to whom Renew is to be said now. Asking says that it will be said."""
         if self._renewed_s is not None and now_s - self._renewed_s < self.terms.renew_s:

@@ -107,6 +107,8 @@ class ReceiverEnd:
         for older in [other for other in self._books.records if other.request_id == key.request_id]:
             self._cancel(e.Cancel(older, Cancelled(f"{key} has taken over")))
         self._books.begin(event)
+        if not event.loan:  # a lender comes if it likes; a source is owed, and is lost when it does not come in time
+            self._liveness.meet(event.peer, self._books.now_s)
         held = self._strangers.question_of(key)
         if held is not None:
             self._heard(e.FromSource(held.peer, held.message))
@@ -162,6 +164,7 @@ class ReceiverEnd:
         if not compare_digest(message.ticket, record.ticket):
             self._counters.fault(record.peer, BadTicket.code)
             raise BadTicket(f"{record.peer} has asked for {record.key} with another ticket than the router's")
+        record.moved_s = self._books.now_s
         record.shorten(message.prompt_tokens)
         if message.prompt_tokens != record.places.prompt_tokens:
             raise PlaceMismatch(f"a prompt of {message.prompt_tokens} tokens, here {record.places.prompt_tokens}")
@@ -270,7 +273,10 @@ class ReceiverEnd:
         if self._liveness.tick_is_late(now_s):
             return
         for peer in self._liveness.lost(now_s):
-            self._lose(peer, PeerLost(f"{peer} was not heard any more"))
+            if self._liveness.was_up(peer) or self._books.of(peer):
+                self._lose(peer, PeerLost(f"{peer} was not heard any more"))
+            else:  # what was expected of it was cancelled before it came
+                self._liveness.forget(peer)
         for peer, refused in self._strangers.expire(now_s):
             self._books.say(peer, refused)
         for record in list(self._books.records.values()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from random import Random
 
 from core.errors import BatonError, Cancelled, HandoffError, PeerLost
-from core.messages import WorkerId
+from core.messages import Peer, WorkerId
 from kvtransfer import events as e
 from kvtransfer import states
 from kvtransfer.liveness import Liveness, Timing
@@ -67,6 +67,8 @@ class SourceEnd:
         match event:
             case e.FromReceiver():
                 self._heard(event)
+            case e.Meet():
+                self._meet(event.peer)
             case e.Offer():
                 self._offer(event)
             case e.Filled():
@@ -116,9 +118,12 @@ class SourceEnd:
             ticket=event.ticket,
         )
         self._books.begin(record)
-        self._liveness.meet(record.peer, self._books.now_s)
-        self._books.effects.append(e.Dial(event.peer))
+        self._meet(event.peer)
         self._ask(record)
+
+    def _meet(self, peer: Peer) -> None:
+        self._liveness.meet(peer.worker, self._books.now_s)
+        self._books.effects.append(e.Dial(peer))
 
     def _ask(self, record: Sending) -> None:
         record.said_s = self._books.now_s

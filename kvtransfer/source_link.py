@@ -64,10 +64,8 @@ class HandoffSource:
     ) -> None:
         """`digest`: the one that the fingerprint names; to be given when it is keyed."""
         self.me = me
-        self._frames = frames
-        self._transport = transport
         self._fingerprint = fingerprint
-        self._clock = clock
+        self._frames, self._transport, self._clock = frames, transport, clock
         self._offload = offload
         self._on_closed = on_closed
         self._timing = timing or Timing()

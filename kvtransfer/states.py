@@ -46,6 +46,7 @@ def counts(states: Iterable[State]) -> dict[str, int]:
 class Deadlines:
     """Seconds without progress in a state, then the hand-off is aborted (DeadlineExceeded)."""
 
+    queued_s: float = 300.0  # until the source's turn comes, or between two of its questions
     granted_s: float = 120.0  # until the first page: the source may have a long chunk to compute
     streaming_s: float = 120.0  # between two chunks
     sealed_s: float = 30.0  # until the receiver has verified the rest
@@ -55,8 +56,9 @@ class Deadlines:
     tombstone_s: float = 900.0  # an ended hand-off is remembered this long: above every request's deadline
 
     def of(self, state: State) -> float | None:
-        """None: only the request's own deadline counts."""
+        """None: it has ended."""
         return {
+            State.QUEUED: self.queued_s,
             State.GRANTED: self.granted_s,
             State.STREAMING: self.streaming_s,
             State.SEALED: self.sealed_s,
