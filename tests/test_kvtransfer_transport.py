@@ -27,6 +27,8 @@ from kvtransfer.memory import MemoryFabric, MemoryTransport, Mischief
 from kvtransfer.shm import ShmTransport
 from kvtransfer.shm_socket import PoolAddress, ask_for_pool
 from kvtransfer.transport import PROOF_STREAM, Piece, Transport
+from kvtransfer.ucx import UcxTransport
+from kvtransfer.ucx_library import Endpoint, Region, Request
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = PageLayout(kv_heads=2, layers=2, page_size=16, head_dim=64, dtype="float32")  # 32 KiB
@@ -69,6 +71,8 @@ async def make_rig(kind: str, **options: Any) -> Rig:
         mischief = options.pop("mischief", Mischief(delay_s=0.0002, ghost_delay_s=0.0002))
         fabric = MemoryFabric(Random(1), mischief, **options)
         source, receiver = MemoryTransport(P, fabric), MemoryTransport(D, fabric)
+    elif kind == "ucx":
+        source, receiver = UcxTransport(**options), UcxTransport(**options)
     else:
         source, receiver = ShmTransport(), ShmTransport(**options)
     await source.serve(theirs, XXH3)
@@ -86,7 +90,7 @@ async def close(rig: Rig) -> None:
     rig.ours.close()
 
 
-@pytest.fixture(params=["memory", "shm"])
+@pytest.fixture(params=["memory", "shm", "ucx"])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     rig = await make_rig(request.param)
     yield rig
@@ -157,6 +161,16 @@ async def test_a_page_given_up_while_it_is_read_is_stale(rig: Rig, monkeypatch: 
 
     if rig.source.name == "memory":
         asyncio.get_running_loop().call_later(0.0001, give_up)
+    elif rig.source.name == "ucx":
+        send = Endpoint.send
+
+        def send_and_give_up(self: Endpoint, region: Region, tag: int) -> Request:
+            request = send(self, region, tag)
+            if region.length == LAYOUT.page_bytes:
+                give_up()
+            return request
+
+        monkeypatch.setattr(Endpoint, "send", send_and_give_up)
     else:
         real = np.copyto
 
@@ -168,7 +182,7 @@ async def test_a_page_given_up_while_it_is_read_is_stale(rig: Rig, monkeypatch: 
     assert isinstance((await rig.fetch(Piece(3, 0, 3)))[0], StalePage)
 
 
-@pytest.mark.parametrize("kind", ["memory", "shm"])
+@pytest.mark.parametrize("kind", ["memory", "shm", "ucx"])
 async def test_without_the_epoch_fence_another_prompts_page_would_arrive(kind: str) -> None:
     """What the fence is for: with it off, this is served."""
     rig = await make_rig(kind, check_epoch=False)
