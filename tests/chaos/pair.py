@@ -62,8 +62,8 @@ async def real_pair(transport: str, layout: PageLayout, seed: int) -> AsyncItera
     fingerprint, faults = Fingerprint("model", layout, XXH3_64), Faults()
     p_frames, d_frames = Frames.shared(layout, PAGES), Frames.shared(layout, PAGES)
     damage = Damage(Random(seed), p_frames, d_frames)
-    p_transport = make_transport(transport, P)
-    d_transport = DamagingTransport(make_transport(transport, D), damage)
+    p_transport = make_transport(transport)
+    d_transport = DamagingTransport(make_transport(transport), damage)
     await p_transport.serve(p_frames, XXH3)
     await d_transport.serve(d_frames, XXH3)
     p = Sending(

@@ -1,7 +1,8 @@
 """A TCP forwarder that misbehaves on request: what a bad network does to a connection, without a kernel's help.
 
 Faults hold for connections that are open and for new ones, in each direction by itself, until they are taken back.
-What was sent before a fault may still arrive after it; what is swallowed never does.
+What was sent before a fault may still arrive after it; what is swallowed never does, and TCP leaves no gaps: a
+connection of which something was swallowed is dead in that direction for ever, and nobody is told.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 PIECE_BYTES = 16 << 10
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, for no time
@@ -25,7 +28,7 @@ class Way:
 
     delay_s: float = 0.0  # before each piece
     bytes_per_s: float = 0.0  # 0: as fast as it goes
-    swallows: bool = False  # bytes are read and dropped, and the connection stays open: half of it is gone
+    swallows: bool = False  # what is read is dropped, and the connection stays open: half of it is gone
     stalls: bool = False  # nothing is read: the sender's buffers fill
     flip_share: float = 0.0  # of the pieces, one bit is flipped
     forwarded_bytes: int = 0
@@ -60,7 +63,7 @@ class ChaosProxy:
         return len(self._open)
 
     def heal(self) -> None:
-        """All is well again. What was swallowed stays lost, so a connection of before may be of no use."""
+        """All is well again, for new connections and for those of which nothing was swallowed."""
         self.refuses = False
         self.up.heal()
         self.down.heal()
@@ -112,6 +115,7 @@ class ChaosProxy:
             await asyncio.gather(*pumps, return_exceptions=True)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Way) -> None:
+        is_dead = False
         while True:
             while way.stalls:
                 await asyncio.sleep(0.01)
@@ -122,7 +126,8 @@ class ChaosProxy:
                 await asyncio.sleep(way.delay_s)
             if way.bytes_per_s:
                 await asyncio.sleep(len(piece) / way.bytes_per_s)
-            if way.swallows:
+            is_dead = is_dead or way.swallows
+            if is_dead:
                 way.swallowed_bytes += len(piece)
                 continue
             writer.write(self._flipped(piece, way))
@@ -155,3 +160,37 @@ async def proxy_to(host: str, port: int, seed: int = 0) -> AsyncIterator[ChaosPr
         yield proxy
     finally:
         await proxy.close()
+
+
+class Proxies:
+    """Proxies in a thread of their own, so that a test may wait for something without holding them up."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxies")
+        self._thread.start()
+        self._proxies: list[ChaosProxy] = []
+
+    def add(self, host: str, port: int) -> ChaosProxy:
+        """Before this address, on a port of the loopback."""
+        proxy = ChaosProxy((host, port), Random(len(self._proxies)))
+        self._run(proxy.start())
+        self._proxies.append(proxy)
+        return proxy
+
+    def cut(self, proxy: ChaosProxy, *, reset: bool = False) -> None:
+        self._run(proxy.cut(reset=reset))
+
+    def heal(self) -> None:
+        for proxy in self._proxies:
+            proxy.heal()
+
+    def close(self) -> None:
+        for proxy in self._proxies:
+            self._run(proxy.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10.0)
+        self._loop.close()
+
+    def _run(self, doing: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(doing, self._loop).result(10.0)

@@ -76,7 +76,12 @@ async def test_half_of_it_can_be_gone(proxy: ChaosProxy, talk: Talk) -> None:
         await talk.echo(b"lost", within_s=0.3)
     assert proxy.down.swallowed_bytes == 4 and proxy.connections == 1
     proxy.heal()
-    assert await talk.echo(b"found") == b"found"
+    with pytest.raises(TimeoutError):
+        await talk.echo(b"lost too", within_s=0.3)
+    assert proxy.down.swallowed_bytes == 12 and proxy.connections == 1
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    assert await Talk(reader, writer).echo(b"found") == b"found"
+    writer.close()
 
 
 async def test_it_stalls_and_goes_on(proxy: ChaosProxy, talk: Talk) -> None:

@@ -6,14 +6,13 @@ from importlib.util import find_spec
 
 import pytest
 
-from core.messages import WorkerId
 from kvtransfer.shm import ShmTransport
 from kvtransfer.transport import Transport
 
 NAMES = ["shm", "ucx"]
 
 
-def make_transport(name: str, me: WorkerId) -> Transport:
+def make_transport(name: str) -> Transport:
     """Skips the test when this machine has no library for it."""
     if name == "shm":
         return ShmTransport()
@@ -21,4 +20,4 @@ def make_transport(name: str, me: WorkerId) -> Transport:
         pytest.skip("ucxx is not installed")
     from kvtransfer.ucx import UcxTransport
 
-    return UcxTransport(me)
+    return UcxTransport()

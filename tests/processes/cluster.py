@@ -41,7 +41,7 @@ class Cluster:
     def __init__(self, *flags: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="bt-", dir="/tmp"))  # short: it is a part of socket addresses
         self._shm_before = set(os.listdir("/dev/shm"))
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log: list[str] = []
         self._ready = threading.Event()
@@ -180,7 +180,7 @@ def _is_at_rest(pages: dict[str, float]) -> bool:
     return pages["owned"] == pages["leased"] == pages["quarantined"] == 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 

@@ -1,0 +1,112 @@
+"""Two hosts on one machine: network namespaces joined by two links, each of which can be cut, throttled or half dead.
+
+    namespace P ----- data: 10.231.1.0/24 (gRPC of the hand-off, UCX) ----- namespace D
+                ----- control: 10.231.2.0/24 (the router's sessions) -----
+    and from D to the test itself: 10.231.3.0/24, which is never touched.
+
+Needs root. The names of the links are the same on both sides, so that one setting names a device for both.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+TIMEOUT_S = 20.0
+LINKS = {"data": "10.231.1", "control": "10.231.2"}
+P_END, D_END = ".1", ".2"
+TEST_ADDRESS, ROUTER_ADDRESS = "10.231.3.1", "10.231.3.2"
+
+
+class Hosts:
+    """The namespaces, and what can happen to the links between them."""
+
+    def __init__(self) -> None:
+        mark = os.getpid() % 10_000
+        self.p, self.d = f"bt-p-{mark}", f"bt-d-{mark}"
+        self._to_test = f"bt-{mark}"
+
+    def make(self) -> None:
+        """Raises OSError where it is not permitted."""
+        for name in (self.p, self.d):
+            run("ip", "netns", "add", name)
+            run("ip", "-n", name, "link", "set", "lo", "up")
+        for link, net in LINKS.items():
+            run("ip", "link", "add", link, "netns", self.p, "type", "veth", "peer", "name", link, "netns", self.d)
+            self._address(self.p, link, net + P_END)
+            self._address(self.d, link, net + D_END)
+        run("ip", "link", "add", self._to_test, "type", "veth", "peer", "name", "test", "netns", self.d)
+        run("ip", "addr", "add", f"{TEST_ADDRESS}/24", "dev", self._to_test)
+        run("ip", "link", "set", self._to_test, "up")
+        self._address(self.d, "test", ROUTER_ADDRESS)
+
+    def _address(self, name: str, device: str, address: str) -> None:
+        run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", device)
+        run("ip", "-n", name, "link", "set", device, "up")
+
+    def remove(self) -> None:
+        """Whatever has been made. The links go with the namespaces."""
+        for name in (self.p, self.d):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=TIMEOUT_S, check=False)
+        left = ["ip", "link", "del", self._to_test]
+        subprocess.run(left, capture_output=True, timeout=TIMEOUT_S, check=False)
+
+    # --- faults ------------------------------------------------------------------------------------------------
+
+    def cut(self, *links: str) -> None:
+        """At P's end: D's own address stays, so that what lives on D alone goes on."""
+        for link in links:
+            run("ip", "-n", self.p, "link", "set", link, "down")
+
+    def mute(self, host: str, *links: str) -> None:
+        """What this host sends to the other on these links vanishes; the other way goes on."""
+        other = D_END if host == self.p else P_END
+        for link in links:
+            run("ip", "-n", host, "route", "add", "blackhole", f"{LINKS[link]}{other}/32")
+
+    def throttle(self, rate: str, *links: str) -> None:
+        """Both ways, by a token bucket. `rate` as tc writes it."""
+        for link in links:
+            for host in (self.p, self.d):
+                bucket = ("tbf", "rate", rate, "burst", "32kb", "latency", "100ms")
+                run("ip", "netns", "exec", host, "tc", "qdisc", "add", "dev", link, "root", *bucket)
+
+    def heal(self) -> None:
+        """Every link as it was at first."""
+        for link, net in LINKS.items():
+            run("ip", "-n", self.p, "link", "set", link, "up")
+            for host, other in ((self.p, D_END), (self.d, P_END)):
+                quietly("ip", "-n", host, "route", "del", "blackhole", f"{net}{other}/32")
+                quietly("ip", "netns", "exec", host, "tc", "qdisc", "del", "dev", link, "root")
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+def quietly(*command: str) -> None:
+    """There may be nothing to take back."""
+    subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, check=False)
+
+
+@contextmanager
+def two_hosts() -> Iterator[Hosts]:
+    """Skips the test where namespaces cannot be made."""
+    if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("tc"):
+        pytest.skip("network namespaces need root, ip and tc")
+    hosts = Hosts()
+    try:
+        try:
+            hosts.make()
+        except OSError as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        yield hosts
+    finally:
+        hosts.remove()

@@ -1,0 +1,93 @@
+"""Workers on two hosts, pages over UCX between them; the links are cut, throttled, made half dead, and restored.
+
+Under streaming load every request ends right or with one clear error, the next ones are served soon after the
+restore, and every page is accounted for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import pytest
+
+from tests.chaos.netns import LINKS, ROUTER_ADDRESS, Hosts, two_hosts
+from tests.chaos.parts import Parts, router, running, worker
+from tests.chaos.table import Table
+from tests.chaos.traffic import References, references, traffic
+
+PORT = 8000
+P_PORT, D_PORT = 7001, 7002
+SHORT_S, LONG_S = 5.0, 14.0  # below and above the life of a lease
+UCX = {"UCX_NET_DEVICES": "data"}
+
+
+@dataclass
+class Rig:
+    cluster: Parts
+    hosts: Hosts
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """P on one host, D and the router on the other."""
+    if find_spec("ucxx") is None or find_spec("kvtransfer.ucx") is None:
+        pytest.skip("pages go between hosts over UCX: ucxx is not installed")
+    with two_hosts() as hosts:
+        on_p, on_d = (("ip", "netns", "exec", host) for host in (hosts.p, hosts.d))
+        advertised = f"{LINKS['data']}.2:{D_PORT}"
+        ucx = ("--transport", "ucx")
+        addresses = {"prefill-0": f"{LINKS['control']}.1:{P_PORT}", "decode-0": f"127.0.0.1:{D_PORT}"}
+        parts = [
+            worker("prefill-0", "prefill", f"0.0.0.0:{P_PORT}", *ucx, prefix=on_p),
+            worker("decode-0", "decode", f"0.0.0.0:{D_PORT}", "--advertise", advertised, *ucx, prefix=on_d),
+            router(addresses, ROUTER_ADDRESS, PORT, prefix=on_d),
+        ]
+        with running(Parts(f"http://{ROUTER_ADDRESS}:{PORT}", parts, UCX), workers=2) as cluster:
+            yield Rig(cluster, hosts)
+
+
+@pytest.fixture(scope="module")
+def right(rig: Rig) -> References:
+    return asyncio.run(references(rig.cluster))
+
+
+Fault = Callable[[Hosts], None]
+
+FAULTS: dict[str, tuple[Fault, float]] = {
+    "data link cut": (lambda hosts: hosts.cut("data"), SHORT_S),
+    "control link cut": (lambda hosts: hosts.cut("control"), SHORT_S),
+    "both links cut": (lambda hosts: hosts.cut(*LINKS), SHORT_S),
+    "data link cut for longer than a lease": (lambda hosts: hosts.cut("data"), LONG_S),
+    "both links cut for longer than a lease": (lambda hosts: hosts.cut(*LINKS), LONG_S),
+    "data link half-open, P mute": (lambda hosts: hosts.mute(hosts.p, "data"), SHORT_S),
+    "data link half-open, D mute": (lambda hosts: hosts.mute(hosts.d, "data"), SHORT_S),
+    "both links half-open, P mute": (lambda hosts: hosts.mute(hosts.p, *LINKS), LONG_S),
+    "data link throttled to 2 Mbit/s": (lambda hosts: hosts.throttle("2mbit", "data"), SHORT_S),
+    "both links throttled to 2 Mbit/s": (lambda hosts: hosts.throttle("2mbit", *LINKS), SHORT_S),
+}
+QUICK = {"data link cut", "data link half-open, P mute", "data link throttled to 2 Mbit/s"}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_the_links_between_two_hosts_go_bad(
+    rig: Rig, right: References, table: Table, chaos_full: bool, fault: str
+) -> None:
+    if not chaos_full and fault not in QUICK:
+        pytest.skip("only with --chaos-full")
+    row = table.row(fault, "between two network namespaces, UCX and gRPC over TCP")
+    harm, holds_s = FAULTS[fault]
+    async with traffic(rig.cluster, right, fault) as load:
+        load.send()
+        await load.is_streaming()
+        try:
+            await asyncio.to_thread(harm, rig.hosts)
+            await load.go_on(holds_s)
+        finally:
+            await asyncio.to_thread(rig.hosts.heal)
+        await load.recovers(row)
+        await load.end(row)
+    await asyncio.to_thread(rig.cluster.quiesce, 2)
