@@ -40,8 +40,10 @@ class Source(Protocol):
     @property
     def accepts_prefill(self) -> bool: ...
 
+    def meet(self, peer: Peer) -> None: ...
+
     async def offer(
-        self, key: HandoffKey, peer: Peer, prompt_tokens: int, choices: int, deadline_s: float
+        self, key: HandoffKey, peer: Peer, prompt_tokens: int, choices: int, deadline_s: float, ticket: bytes = b""
     ) -> Grant: ...
 
     def ready(self, key: HandoffKey, pages: Sequence[FilledPage]) -> None: ...
@@ -113,6 +115,7 @@ class PrefillService:
         sequence = self._intake.shared(submit, self._engine.new_id(), single_step=True)
         job = _Job(submit, submit.peer, sequence)
         self._jobs[job.key] = job
+        self._source.meet(submit.peer)
         self._borrower.ask(submit, sequence)
         self.pump()
 
@@ -168,7 +171,8 @@ class PrefillService:
         ids, left_s = len(job.sequence.ids), job.sequence.deadline_s - self._clock()
         try:
             async with asyncio.timeout(self._grant_wait_s):
-                grant = await self._source.offer(job.key, job.peer, ids, job.submit.params.n, left_s)
+                submit = job.submit
+                grant = await self._source.offer(job.key, job.peer, ids, submit.params.n, left_s, submit.ticket)
         except TimeoutError:
             job.offer = None
             self._end(job, NoCapacity(f"no pages were granted within {self._grant_wait_s:.0f} s"))
