@@ -15,6 +15,8 @@ from typing import Any
 from baton.tier import WorkerTier, policy_for
 from core.clock import Clock
 from core.messages import Role, WorkerId, WorkerInfo
+from core.security.gate import Gate
+from core.security.tickets import Tickets
 from core.telemetry.worker_metrics import WorkerMetrics
 from decode_service.lender import Lender
 from decode_service.policy import DecodePolicy, LocalBudget
@@ -24,7 +26,7 @@ from engine.engine import Engine, RunBlocking
 from engine.intake import Intake
 from engine.pool import PagePool
 from kvtransfer.chores import Chores
-from kvtransfer.digest import XXH3_64
+from kvtransfer.digest import Digest, plain
 from kvtransfer.fingerprint import Fingerprint
 from kvtransfer.frames import Frames
 from kvtransfer.liveness import Timing
@@ -76,6 +78,8 @@ class Machine:
     run_blocking: RunBlocking
     offload: Callable[[Callable[[], Any]], Awaitable[Any]]
     timing: Timing = field(default_factory=Timing)
+    digest: Digest = field(default_factory=plain)  # the transport serves under it
+    tickets: Tickets | None = None  # without keys every request is let in
 
 
 class HandoffCounts:
@@ -135,6 +139,7 @@ class Worker:
         )
         self.tier = WorkerTier(info, self.engine, self.pool, self.metrics, machine.clock)
         self.tier.local = decode.local
+        self.tier.gate = Gate(machine.tickets, info)
         if info.role is Role.PREFILL:
             self.tier.prefill = self._prefill_service()
         else:
@@ -156,7 +161,7 @@ class Worker:
         return self.metrics.text()
 
     def _fingerprint(self) -> Fingerprint:
-        return Fingerprint(self._model.identity, self.machine.frames.layout, XXH3_64)
+        return Fingerprint(self._model.identity, self.machine.frames.layout, self.machine.digest.name)
 
     def _prefill_service(self) -> PrefillService:
         machine, size = self.machine, self.info.page_size
@@ -216,6 +221,7 @@ class Worker:
             on_closed=on_closed,
             counters=HandoffCounts(self.metrics, "lender" if lends else "source"),
             timing=machine.timing,
+            digest=machine.digest,
         )
         self.receiver = HandoffReceiver(
             me=self.info.worker,

@@ -9,12 +9,15 @@ aggregated   DecodePolicy, then PrefillPolicy         DecodeService alone: nothi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from core.clock import Clock
-from core.errors import EngineError, NoCapacity
+from core.errors import BadTicket, EngineError, NoCapacity
 from core.messages import Cancel, Lend, Load, PagesChanged, Role, Submit, WorkerInfo
+from core.security.gate import Gate
 from core.telemetry.worker_metrics import WorkerMetrics
 from decode_service.lender import Lender
 from decode_service.policy import DecodePolicy, LocalBudget
@@ -25,6 +28,8 @@ from engine.pool import PagePool
 from kvtransfer.messages import HandoffKey
 from prefill_service.policy import PrefillPolicy
 from prefill_service.service import PrefillService
+
+log = logging.getLogger(__name__)
 
 LOAD_PERIOD_S = 0.05
 LOCAL_SHARE = 0.25  # of a decode worker's time, at most, goes to prompts that it prefills beside its batch
@@ -68,6 +73,7 @@ class WorkerTier:
         self.local: LocalBudget | None = None  # of the decode policy: follows the measured rate
         self.handoffs: Callable[[], dict[str, int]] = dict
         self.published: Callable[[], None] = _nothing  # called after each step: the feeds take the changes
+        self.gate = Gate(None, info)
         self.draining = False
         self._load = Load()
         self._load_s = float("-inf")
@@ -83,6 +89,8 @@ class WorkerTier:
         return self._info
 
     def submit(self, submit: Submit) -> None:
+        with self._refusals_counted():
+            self.gate.admit(submit, as_source=self.prefill is not None)
         if self.draining:
             raise NoCapacity("this worker is draining")
         if self.prefill is not None:
@@ -101,7 +109,19 @@ class WorkerTier:
 
     def lend(self, lend: Lend) -> None:
         if self.lender is not None:
-            self.lender.lend(lend)
+            with contextlib.suppress(BadTicket), self._refusals_counted():
+                self.gate.lend(lend)
+                self.lender.lend(lend)
+
+    @contextlib.contextmanager
+    def _refusals_counted(self) -> Iterator[None]:
+        """Routers that have another key, and whoever else asks: an operator wants to know."""
+        try:
+            yield
+        except BadTicket as error:
+            self._metrics.ticket_refused()
+            log.warning("refused: %s", error.message)
+            raise
 
     def load(self) -> Load:
         now_s = self._clock()

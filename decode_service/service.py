@@ -32,7 +32,14 @@ class Receiver(Protocol):
     """The receiving end of the hand-off: kvtransfer.receiver_link.HandoffReceiver."""
 
     def expect(
-        self, key: HandoffKey, prompt_ids: list[int], block_hashes: list[bytes], peer: Peer, deadline_s: float
+        self,
+        key: HandoffKey,
+        prompt_ids: list[int],
+        block_hashes: list[bytes],
+        peer: Peer,
+        deadline_s: float,
+        *,
+        ticket: bytes = b"",
     ) -> None: ...
 
     def cancel(self, key: HandoffKey) -> None: ...
@@ -102,7 +109,8 @@ class DecodeService:
         else:
             job.expected = True
             hashes = shared.full_hashes(self._engine.page_size)
-            self._receiver.expect(job.key, shared.ids, hashes, submit.peer, submit.deadline_s)
+            deadline_s, ticket = submit.deadline_s, submit.ticket
+            self._receiver.expect(job.key, shared.ids, hashes, submit.peer, deadline_s, ticket=ticket)
         self._jobs[job.key] = job
 
     def cancel(self, cancel: Cancel) -> None:

@@ -55,6 +55,7 @@ CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 _RECEIPT = tuple(field.name for field in fields(Receipt))
+SAMPLING_FIELDS = tuple(field.name for field in pb.Sampling.DESCRIPTOR.fields)
 _ROLES = {pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE, pb.ROLE_AGGREGATED: Role.AGGREGATED}
 _FINISHES = {pb.FINISH_STOP: FinishReason.STOP, pb.FINISH_LENGTH: FinishReason.LENGTH}
 
@@ -277,6 +278,8 @@ def _encode_submit(submit: Submit) -> pb.Submit:
         priority=submit.priority,
         lender=_encode_peer(submit.lender) if submit.lender else None,
         lent_tokens=submit.lent_tokens,
+        ticket=submit.ticket,
+        loan_ticket=submit.loan_ticket,
     )
 
 
@@ -302,23 +305,7 @@ def _encode_worker(worker: WorkerId) -> pb.WorkerId:
 
 def _encode_sampling(params: SamplingParams) -> pb.Sampling:
     """All but the stop strings, which the router applies, and the seed, which Submit carries."""
-    return pb.Sampling(
-        max_tokens=params.max_tokens,
-        min_tokens=params.min_tokens,
-        n=params.n,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        typical_p=params.typical_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=dict(params.logit_bias),
-        stop_token_ids=params.stop_token_ids,
-        ignore_eos=params.ignore_eos,
-        logprobs=params.logprobs,
-    )
+    return pb.Sampling(**{name: getattr(params, name) for name in SAMPLING_FIELDS})
 
 
 def _decode_info(m: pb.Welcome) -> WorkerInfo:

@@ -20,6 +20,7 @@ from typing import Protocol
 from core.clock import Clock
 from core.errors import (
     BatonError,
+    Cancelled,
     DeadlineExceeded,
     HandoffError,
     NoCapacity,
@@ -31,8 +32,10 @@ from core.errors import (
     leaves,
 )
 from core.messages import Cancel, Lend, Peer, RequestFailed, Submit, Tokens, WorkerId
+from core.security.tickets import Tickets
 from router.choose import Loan, Need, Placement, choose
 from router.generation import GenerationRequest, Step
+from router.permits import Permits
 from router.progress import Progress
 from router.retries import MAX_REPLAYS, POISON_WORKERS, PairHealth, RetryBudget
 from router.threshold import Threshold
@@ -95,7 +98,10 @@ class Saga:
         *,
         placement_wait_s: float = 15.0,
         counters: Counters | None = None,
+        tickets: Tickets | None = None,
     ) -> None:
+        """`tickets` None: workers are asked without any, and only those without keys agree."""
+        self._permits = Permits(tickets)
         self._workers = workers
         self._clock = clock
         self._threshold = threshold
@@ -189,32 +195,30 @@ class Saga:
     def _submit(self, run: _Run, placement: Placement) -> None:
         """To D first: it must know the prompt when P asks it for pages."""
         self._counters.placed(placement.prefill is None)
-        decode = self._workers.info(placement.decode)
-        if placement.prefill is None:
-            self._workers.submit(decode.worker, self._message(run, None))
+        decode = self._workers.peer(placement.decode)
+        prefill = None if placement.prefill is None else self._workers.peer(placement.prefill)
+        ticket = self._permits.handoff(run.request, run.attempt, prefill, decode, run.ends_s - self._clock())
+        if prefill is None:
+            self._workers.submit(decode.worker, self._message(run, None, ticket))
             return
-        prefill = self._workers.info(placement.prefill)
-        from_prefill = Peer(prefill.worker, prefill.handoff_endpoint)
-        lender = self._lend(run, placement.loan, from_prefill)
-        self._workers.submit(decode.worker, self._message(run, from_prefill))
-        told = self._message(run, Peer(decode.worker, decode.handoff_endpoint))
-        if lender is not None and placement.loan is not None:
-            told = replace(told, lender=lender, lent_tokens=placement.loan.tokens)
-        self._workers.submit(prefill.worker, told)
+        to_prefill = self._with_loan(run, placement.loan, prefill, self._message(run, decode, ticket))
+        self._workers.submit(decode.worker, self._message(run, prefill, ticket))
+        self._workers.submit(prefill.worker, to_prefill)
 
-    def _lend(self, run: _Run, loan: Loan | None, to: Peer) -> Peer | None:
-        """Tell the lender. Who it is, when it has been told: without it the prompt is computed."""
+    def _with_loan(self, run: _Run, loan: Loan | None, borrower: Peer, submit: Submit) -> Submit:
+        """Tell the lender, and the borrower when that has been told: without it the prompt is computed."""
         if loan is None:
-            return None
-        request = run.request
-        left_s = run.ends_s - self._clock()
+            return submit
+        request, left_s = run.request, run.ends_s - self._clock()
         ids = request.prompt_ids[: loan.tokens]
-        if not self._workers.lend(loan.lender, Lend(request.request_id, run.attempt, ids, to, left_s, request.salt)):
-            return None
-        lender = self._workers.info(loan.lender)
-        return Peer(lender.worker, lender.handoff_endpoint)
+        lender = self._workers.peer(loan.lender)
+        ticket = self._permits.loan(request, run.attempt, lender, borrower, loan.tokens, left_s)
+        lend = Lend(request.request_id, run.attempt, ids, borrower, left_s, request.salt, ticket)
+        if not self._workers.lend(loan.lender, lend):
+            return submit
+        return replace(submit, lender=lender, lent_tokens=loan.tokens, loan_ticket=ticket)
 
-    def _message(self, run: _Run, peer: Peer | None) -> Submit:
+    def _message(self, run: _Run, peer: Peer | None, ticket: bytes) -> Submit:
         request = run.request
         assert request.params.seed is not None, "the front sets a seed"
         return Submit(
@@ -229,6 +233,7 @@ class Saga:
             finished=run.progress.finished,
             salt=request.salt,
             priority=request.priority,
+            ticket=ticket,
         )
 
     def _take(self, run: _Run, worker: WorkerId, message: Message) -> Step | None:
@@ -263,7 +268,8 @@ class Saga:
             run.local_refused = True  # D's budget for local prefill is taken: a prefill worker's turn
             self._cancel(run)
             return
-        if not isinstance(error, WorkerError | HandoffError | NoCapacity | DeadlineExceeded):
+        # A worker that gave up, or heard of its peer's giving up, says Cancelled: our own cancels have no answer.
+        if not isinstance(error, WorkerError | HandoffError | NoCapacity | DeadlineExceeded | Cancelled):
             raise error
         self._blame(run, error)
         if run.lost_workers >= POISON_WORKERS:

@@ -18,6 +18,7 @@ from core.messages import (
     Lend,
     Load,
     PagesChanged,
+    Peer,
     RequestFailed,
     Submit,
     TokenBatch,
@@ -168,6 +169,10 @@ class Workers:
         except WorkerLost:
             return False
         return True
+
+    def peer(self, worker: WorkerId) -> Peer:
+        """Where other workers reach it. Raises WorkerLost."""
+        return Peer(worker, self._known(worker).info.handoff_endpoint)
 
     def info(self, worker: WorkerId) -> WorkerInfo:
         """Raises WorkerLost."""

@@ -192,6 +192,8 @@ def _decode_submit(m: pb.Submit) -> Submit:
         priority=m.priority,
         lender=_decode_peer(m.lender) if m.HasField("lender") else None,
         lent_tokens=m.lent_tokens,
+        ticket=m.ticket,
+        loan_ticket=m.loan_ticket,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from core.errors import BadTicket
-from core.messages import Peer, Submit, WorkerInfo
+from core.messages import Lend, Peer, Submit, WorkerInfo
 from core.security.tickets import MAC_BYTES, Claims, Purpose, Tickets, prefix_hash
 
 SPENT_LIMIT = 65536
@@ -39,26 +39,32 @@ class Gate:
             if submit.peer is None:
                 raise BadTicket("a prefill worker needs to be told its decode worker")
             source, receiver = self._me, submit.peer
-        claims = Claims(
-            purpose=Purpose.HANDOFF,
-            request_id=submit.request_id,
-            attempt=submit.attempt,
-            source=source,
-            receiver=receiver,
-            prefix=prefix_hash(submit.prompt_ids, submit.salt),
-            tokens=len(submit.prompt_ids),
-            lifetime_s=submit.deadline_s,
-        )
-        self.spend(submit.ticket, claims)
+        shown = [(submit.ticket, _claims(Purpose.HANDOFF, submit, source, receiver, submit.prompt_ids))]
+        if submit.lender is not None:
+            lent = submit.prompt_ids[: submit.lent_tokens]
+            shown.append((submit.loan_ticket, _claims(Purpose.LEND, submit, submit.lender, self._me, lent)))
+        self._let_in(self._tickets, shown)
 
-    def spend(self, ticket: bytes, expected: Claims) -> None:
-        """Raises BadTicket unless it is a ticket for exactly this, and has not been here before."""
-        if self._tickets is None:
-            return
-        self._tickets.check(ticket, expected)
-        mac = ticket[-MAC_BYTES:]
-        if mac in self._spent:
-            raise BadTicket(f"the ticket of {expected.request_id} has been used before")
-        self._spent[mac] = None
+    def lend(self, lend: Lend) -> None:
+        """Raises BadTicket unless the router has permitted this loan, from here and to this peer."""
+        if self._tickets is not None:
+            claims = _claims(Purpose.LEND, lend, self._me, lend.peer, lend.prompt_ids)
+            self._let_in(self._tickets, [(lend.ticket, claims)])
+
+    def _let_in(self, tickets: Tickets, shown: list[tuple[bytes, Claims]]) -> None:
+        """All of them or none."""
+        for ticket, claims in shown:
+            tickets.check(ticket, claims)
+            if ticket[-MAC_BYTES:] in self._spent:
+                raise BadTicket(f"the ticket of {claims.request_id} has been used before")
+        for ticket, _ in shown:
+            self._spent[ticket[-MAC_BYTES:]] = None
         while len(self._spent) > self._limit:
             self._spent.popitem(last=False)
+
+
+def _claims(
+    purpose: Purpose, asked: Submit | Lend, source: Peer | None, receiver: Peer, ids: tuple[int, ...]
+) -> Claims:
+    prefix = prefix_hash(ids, asked.salt)
+    return Claims(purpose, asked.request_id, asked.attempt, source, receiver, prefix, len(ids), asked.deadline_s)

@@ -120,7 +120,7 @@ def _mac(key: bytes, body: bytes) -> bytes:
 
 
 def _encode(claims: Claims) -> bytes:
-    lifetime_ms = max(0, math.ceil(claims.lifetime_s * 1000))
+    lifetime_ms = max(0, math.floor(claims.lifetime_s * 1000) + 1)  # more, so that rounding refuses nobody
     if len(claims.prefix) != PREFIX_BYTES:
         raise struct.error(f"a prefix hash of {len(claims.prefix)} bytes")
     head = _HEAD.pack(VERSION, claims.purpose.value, claims.attempt, claims.tokens, lifetime_ms, claims.prefix)

@@ -30,6 +30,7 @@ class WorkerMetrics:
         self._hits = self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._fetched = self._counter("baton:fetched_tokens", "Prompt tokens fetched from another worker's cache")
         self._preemptions = self._counter("vllm:num_preemptions", "Sequences that gave their pages back unfinished")
+        self._refused = self._counter("baton:tickets_refused", "Requests that no valid ticket came with")
         self._local = self._counter("baton:local_prefills", "Prompts that the decode worker prefilled itself")
         self._pages = self._gauge("baton:pages", "Pages by the state of their strongest holder", "state")
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of one step", TOKEN_BUCKETS)
@@ -73,6 +74,9 @@ class WorkerMetrics:
 
     def preempted(self, sequences: int) -> None:
         self._preemptions.labels(*self._where).inc(sequences)
+
+    def ticket_refused(self) -> None:
+        self._refused.labels(*self._where).inc()
 
     def local_prefill(self) -> None:
         self._local.labels(*self._where).inc()

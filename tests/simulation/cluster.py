@@ -12,6 +12,7 @@ from baton.composition import Limits, Machine, Model, Worker
 from core.layout import PageLayout
 from core.messages import Role, WorkerId, WorkerInfo
 from core.sampling import SamplingParams
+from core.security.tickets import Tickets
 from engine.batch import Batch, Executor, RowResult
 from engine.hashchain import LAYOUT, HashChainExecutor
 from kvtransfer.digest import XXH3_64, algorithm
@@ -75,6 +76,7 @@ class SimWorker:
             random=Random(cluster.random.random()),
             run_blocking=self._step,
             offload=self._offload,
+            tickets=cluster.tickets,
         )
         self.info = WorkerInfo(
             worker=self.id,
@@ -257,6 +259,7 @@ class SimCluster:
         two_sided: bool = False,
     ) -> None:
         self.random = Random(seed)
+        self.tickets = Tickets([seed.to_bytes(32, "little")])
         self.pages = pages
         self.engine = engine or HASH_CHAIN
         self.limits = limits or Limits(step_tokens=64)

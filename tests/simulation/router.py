@@ -57,7 +57,9 @@ class SimRouter:
         self.workers = Workers(self.clock)
         self.counts = Attempts()
         threshold = Threshold(Terms(local_prefill_tokens=cluster.local_prefill_tokens))
-        self.saga = Saga(self.workers, self.clock, threshold, placement_wait_s=8.0, counters=self.counts)
+        self.saga = Saga(
+            self.workers, self.clock, threshold, placement_wait_s=8.0, counters=self.counts, tickets=cluster.tickets
+        )
         self.links: dict[str, RouterLink] = {}
         self.clients: set[asyncio.Task[Any]] = set()  # their connections end with it
         self.attempts: dict[str, int] = {}  # of each request, as the links have carried them
