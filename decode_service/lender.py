@@ -24,8 +24,9 @@ from kvtransfer.states import State
 
 log = logging.getLogger(__name__)
 
-LENT_SHARE = 4  # at most one in so many pages of the pool is lent at any time
+LENT_SHARE = 2  # at most one in so many pages of the pool is lent at any time
 MAX_LOANS = 64
+PAGES_AT_ONCE = 16  # are named together: they move while the digests of the next ones are computed
 
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 
@@ -69,12 +70,13 @@ class Lender:
         if key in self._asking or key in self._held:
             return  # asked twice
         hashes = self._hashes(lend)
-        found = self._here(hashes)
-        if not found:
-            self._source.decline(key, lend.peer, NoCapacity("nothing of it is here, or too much is lent"))
+        pool = self._engine.pool
+        found = pool.lookup(hashes)
+        if not found or len(self._asking) + len(self._held) >= MAX_LOANS:
+            self._source.decline(key, lend.peer, NoCapacity("nothing of it is here, or too many are asking"))
             return
-        self._engine.pool.acquire(found)  # the most recently used now: they are still here when the grant comes
-        self._engine.pool.release_all(found)
+        pool.acquire(found)  # the most recently used now: they are still here when the grant comes
+        pool.release_all(found)
         self._asking[key] = self._spawn(self._lend(key, lend, hashes[: len(found)]))
 
     def cancel(self, key: HandoffKey) -> None:
@@ -93,32 +95,28 @@ class Lender:
     async def _lend(self, key: HandoffKey, lend: Lend, hashes: list[bytes]) -> None:
         tokens = len(hashes) * self._engine.page_size
         try:
-            await self._source.offer(key, lend.peer, tokens, 0, lend.deadline_s, lend.ticket)
+            grant = await self._source.offer(key, lend.peer, tokens, 0, lend.deadline_s, lend.ticket)
         except BatonError as error:
             log.info("the loan %s came to nothing: %s", key, error)
             return
         finally:
             self._asking.pop(key, None)
-        self._hand_over(key, hashes)
+        self._hand_over(key, hashes, grant.prefix_pages)
 
-    def _hand_over(self, key: HandoffKey, hashes: list[bytes]) -> None:
-        """All of it at once: it was computed long ago."""
-        pages = self._here(hashes)
-        self._engine.pool.acquire(pages)
-        self._held[key] = pages
-        if len(pages) < len(hashes):
-            self._source.fail(key, NoCapacity("pages of the loan were given up meanwhile"))
-            return
-        self._source.ready(key, [FilledPage(n, hashes[n], page) for n, page in enumerate(pages)])
-        self._source.seal(key, None, (), Receipt())
-
-    def _here(self, hashes: list[bytes]) -> list[int]:
-        """The pages of the longest known prefix, as far as they may be lent."""
+    def _hand_over(self, key: HandoffKey, hashes: list[bytes], had: int) -> None:
+        """All of it, but for the first pages, which the peer has: it was computed long ago."""
         pool = self._engine.pool
-        free = pool.capacity // LENT_SHARE - sum(map(len, self._held.values()))
-        if len(self._asking) + len(self._held) > MAX_LOANS:
-            return []
-        return pool.lookup(hashes[: max(0, free)])
+        pages = pool.lookup(hashes)
+        held = sum(map(len, self._held.values())) + len(pages) - had
+        if len(pages) < len(hashes) or held > pool.capacity // LENT_SHARE:
+            self._source.fail(key, NoCapacity("the pages were given up meanwhile, or too many are lent"))
+            return
+        self._held[key] = pages[had:]
+        pool.acquire(pages[had:])
+        filled = [FilledPage(n, hashes[n], page) for n, page in enumerate(pages)][had:]
+        for start in range(0, len(filled), PAGES_AT_ONCE):
+            self._source.ready(key, filled[start : start + PAGES_AT_ONCE])
+        self._source.seal(key, None, (), Receipt())
 
     def _hashes(self, lend: Lend) -> list[bytes]:
         """By the name of every whole page that is asked for; of what is no prompt of ours, none."""

@@ -31,7 +31,8 @@ PATIENCE = 0.5  # of the time that computing would take
 OVERTIME_S = 2.0  # an attempt that is queued leaves its loan so much longer before it is given up
 PIN_S = 2.0  # a loan that has come is kept from eviction for so long, unless its attempt begins before
 LOANED_SHARE = 2  # at most one in so many pages of the pool is set aside or pinned for loans
-AVOIDED_S = 5.0  # no loan is asked of a worker for so long after one of its loans has failed
+AVOIDED = 20  # times as long as was waited in vain for a worker's loan, none is asked of it: 5 % is lost at most
+LONGEST_AVOIDED_S = 60.0
 UNMEASURED_TOKENS_PER_S = 1000.0
 
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
@@ -60,6 +61,7 @@ class _Loan:
     lender: Peer
     hashes: list[bytes]  # of the pages that are lent
     own_pages: int  # of them, here before it began
+    since_s: float
     until_s: float  # the attempt waits no longer
     waited: bool = True  # neither come nor failed nor given up
     reserved: int = 0  # pages set aside for it
@@ -112,7 +114,8 @@ class Borrower:
             self._receiver.cancel(key)  # the lender hears of it when it asks
             return
         patience_s = PATIENCE * (pages - own) * size / (self._rate() or UNMEASURED_TOKENS_PER_S)
-        loan = self._loans[key] = _Loan(submit.lender, hashes, own, self._clock() + patience_s)
+        now_s = self._clock()
+        loan = self._loans[key] = _Loan(submit.lender, hashes, own, now_s, now_s + patience_s)
         loan.tasks.append(self._spawn(self._watch(key, patience_s)))
         ids = sequence.ids[: pages * size]
         ticket = submit.loan_ticket
@@ -227,7 +230,8 @@ class Borrower:
         self._pool.release_all(pinned)
 
     def _avoid(self, loan: _Loan) -> None:
-        self._avoided[loan.lender.worker] = self._clock() + AVOIDED_S
+        now_s = self._clock()
+        self._avoided[loan.lender.worker] = now_s + min(AVOIDED * (now_s - loan.since_s), LONGEST_AVOIDED_S)
 
     def _avoids(self, lender: WorkerId) -> bool:
         now_s = self._clock()
