@@ -1,13 +1,15 @@
 """A prefill worker without an engine, as a process: hands over what its standard input asks for. Run by tests.
 
-Each line: request id, attempt, tokens, seed, pages per chunk, seconds per chunk. The receiver is in the arguments.
+Each line: request id, attempt, tokens, seed, pages per chunk, seconds per chunk. The arguments: our name and
+incarnation, the receiver's, its endpoint, then what may be left out: the transport, and the pages' head dimension.
 """
 
 import asyncio
 import sys
+from dataclasses import replace
 from random import Random
 
-from kvtransfer_pair import LAYOUT, XXH3, Sending, prompt_of
+from kvtransfer_pair import LAYOUT, PRINT, XXH3, Sending, prompt_of
 
 from core.clock import monotonic_s
 from core.messages import Peer, WorkerId
@@ -15,13 +17,25 @@ from kvtransfer.client import HandoffDialer
 from kvtransfer.frames import Frames
 from kvtransfer.messages import HandoffKey
 from kvtransfer.shm import ShmTransport
+from kvtransfer.transport import Transport
 
 
-async def main(me: WorkerId, receiver: Peer) -> None:
-    frames = Frames.shared(LAYOUT, 257)
-    transport = ShmTransport()
+def transport_of(name: str) -> Transport:
+    if name == "shm":
+        return ShmTransport()
+    from kvtransfer.ucx import UcxTransport
+
+    return UcxTransport()
+
+
+async def main(me: WorkerId, receiver: Peer, transport: Transport, head_dim: int) -> None:
+    layout = replace(LAYOUT, head_dim=head_dim)
+    frames = Frames.shared(layout, 257)
     await transport.serve(frames, XXH3)
-    worker = Sending(me, frames, transport, monotonic_s, Random(1), offload=asyncio.to_thread)
+    fingerprint = replace(PRINT, layout=layout)
+    worker = Sending(
+        me, frames, transport, monotonic_s, Random(1), fingerprint=fingerprint, offload=asyncio.to_thread
+    )
     dialer = HandoffDialer(worker.link, Random(2))
     worker.link.start(dialer)
     tasks = set()
@@ -43,9 +57,12 @@ async def main(me: WorkerId, receiver: Peer) -> None:
 
 
 if __name__ == "__main__":
-    _, name, incarnation, receiver_name, receiver_incarnation, endpoint = sys.argv
+    _, name, incarnation, receiver_name, receiver_incarnation, endpoint, *more = sys.argv
     asyncio.run(
         main(
-            WorkerId(name, int(incarnation)), Peer(WorkerId(receiver_name, int(receiver_incarnation)), endpoint)
+            WorkerId(name, int(incarnation)),
+            Peer(WorkerId(receiver_name, int(receiver_incarnation)), endpoint),
+            transport_of(more[0] if more else "shm"),
+            int(more[1]) if more else LAYOUT.head_dim,
         )
     )
