@@ -58,6 +58,7 @@ class _Run:
     excluded: set[WorkerId] = field(default_factory=set)
     local_refused: bool = False
     decode_spoke: bool = False
+    blamed: bool = False  # its last failure named the worker that is at fault
     submitted_s: float = 0.0
 
 
@@ -174,7 +175,7 @@ class Saga:
     async def _attempt(self, run: _Run, placement: Placement) -> AsyncGenerator[Step, None]:
         """Submit to the pair and follow its tokens. Raises what made it fail."""
         run.attempt += 1
-        run.decode_spoke = False
+        run.decode_spoke = run.blamed = False
         run.submitted_s = self._clock()
         pair = (placement.decode,) if placement.prefill is None else (placement.decode, placement.prefill)
         inbox = self._workers.open(run.request.request_id, run.attempt, pair, run.progress.next_index)
@@ -201,6 +202,7 @@ class Saga:
         if prefill is None:
             self._workers.submit(decode.worker, self._message(run, None, ticket))
             return
+        self._pairs.tried((prefill.worker, decode.worker), self._clock())
         to_prefill = self._with_loan(run, placement.loan, prefill, self._message(run, decode, ticket))
         self._workers.submit(decode.worker, self._message(run, prefill, ticket))
         self._workers.submit(prefill.worker, to_prefill)
@@ -242,9 +244,12 @@ class Saga:
         if isinstance(message, Lost | RequestFailed):
             if worker == run.placement.prefill and run.decode_spoke:
                 return None
+            run.blamed = isinstance(message, RequestFailed) and message.blames is not None
             raise _error_of(message)
         if worker == run.placement.decode and not run.decode_spoke:
             run.decode_spoke = True
+            if run.placement.prefill is not None:
+                self._pairs.worked((run.placement.prefill, worker))
             self._observe(run, message)
         tokens = run.progress.accept(message)
         return Step(tokens, message.receipt) if tokens or message.receipt else None
@@ -293,7 +298,7 @@ class Saga:
             run.lost_workers += 1  # its peer may say so before our own session is given up
         elif isinstance(error, WorkerError):
             run.excluded.add(placement.prefill or placement.decode)
-        if isinstance(error, HandoffError) and placement.prefill is not None:
+        if (isinstance(error, HandoffError) or run.blamed) and placement.prefill is not None:
             self._pairs.failed((placement.prefill, placement.decode), self._clock())
 
     def _cancel(self, run: _Run) -> None:

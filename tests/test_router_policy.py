@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.messages import FinishReason, Load, PagesChanged, Role, Token, Tokens, WorkerId, WorkerInfo
-from router.choose import Candidate, Need, Terms, choose
+from router.choose import Candidate, Loan, Need, Terms, choose
 from router.index import PrefixIndex
 from router.progress import Progress
 from router.retries import PairHealth, RetryBudget
@@ -69,6 +69,55 @@ class TestChoose:
     def test_aggregated_workers_need_no_pair(self) -> None:
         one, other = worker("w0", Role.AGGREGATED, waiting_tokens=900), worker("w1", Role.AGGREGATED)
         assert names(choose([one, other], Need(1000, 10), Terms())) == (None, "w1")
+
+    def test_what_prefill_lacks_is_fetched_where_that_is_quicker(self) -> None:
+        d0 = worker("d0", Role.DECODE, cached=816)
+        placement = choose([P0, d0, D1], Need(1500, 10), Terms())
+        assert placement is not None
+        assert names(placement) == ("p0", "d0"), "and it need not be sent the history"
+        assert placement.loan == Loan(d0.worker, 816)
+        assert placement.cost_s < 0.75, "684 tokens are computed"
+
+    def test_a_lender_need_not_decode(self) -> None:
+        d0 = worker("d0", Role.DECODE, cached=816, running_requests=200)
+        placement = choose([P0, d0, D1], Need(1500, 10), Terms())
+        assert placement is not None
+        assert (names(placement), placement.loan) == (("p0", "d1"), Loan(d0.worker, 816))
+
+    def test_a_prompt_that_is_cached_whole_is_lent_but_for_its_last_page(self) -> None:
+        d0 = worker("d0", Role.DECODE, cached=1023)  # all of it: one token is computed, for its logits
+        placement = choose([P0, d0], Need(1024, 10, local_refused=True), Terms())
+        assert placement is not None and placement.loan == Loan(d0.worker, 1008)
+
+    @pytest.mark.parametrize(
+        ("cached_p", "cached_d", "terms"),
+        [
+            (0, 96, Terms()),  # less than is worth it
+            (720, 816, Terms()),  # prefill has most of it
+            (0, 816, Terms(lend_tokens=None)),  # switched off
+            (0, 816, Terms(transfer_tokens_per_s=1500.0)),  # slower than half of what computing takes
+            (0, 816, Terms(loan_s=0.5)),
+        ],
+    )
+    def test_what_is_not_worth_a_loan_is_computed(self, cached_p: int, cached_d: int, terms: Terms) -> None:
+        p0, d0 = worker("p0", Role.PREFILL, cached=cached_p), worker("d0", Role.DECODE, cached=cached_d)
+        placement = choose([p0, d0], Need(1500, 10), terms)
+        assert placement is not None and placement.loan is None
+
+    def test_nobody_borrows_from_a_worker_that_has_failed_it(self) -> None:
+        d0, d1 = worker("d0", Role.DECODE, cached=816), worker("d1", Role.DECODE)
+        for need in (
+            Need(1500, 10, excluded=frozenset({d0.worker})),
+            Need(1500, 10, shunned=frozenset({(P0.worker, d0.worker)})),
+        ):
+            placement = choose([P0, d0, d1], need, Terms())
+            assert placement is not None and (names(placement), placement.loan) == (("p0", "d1"), None)
+
+    def test_local_prefill_and_aggregated_workers_borrow_nothing(self) -> None:
+        local = choose([P0, worker("d0", Role.DECODE, cached=960)], Need(1000, 10), Terms())
+        alone = choose([worker("w0", Role.AGGREGATED), worker("d0", Role.DECODE, cached=816)], Need(1500, 10), Terms())
+        assert local is not None and (local.prefill, local.loan) == (None, None)
+        assert alone is not None and (alone.prefill, alone.loan) == (None, None)
 
 
 class TestThreshold:
@@ -142,10 +191,55 @@ class TestRetries:
             budget.offered()
         assert sum(budget.take() for _ in range(100)) in (19, 20)
 
+    def test_the_budget_is_shared_and_bounded(self) -> None:
+        """At most a fifth of what was offered, beside a few in reserve; a long calm saves up no storm."""
+        budget = RetryBudget()
+        reserve = sum(budget.take() for _ in range(1000))
+        for _ in range(5000):
+            budget.offered()
+        assert reserve == 10 and sum(budget.take() for _ in range(1000)) == 100
+
     def test_a_pair_is_shunned_for_a_while(self) -> None:
-        health, pair = PairHealth(shun_s=10.0, failures=2), (P0.worker, D0.worker)
+        health, pair, other = PairHealth(shun_s=10.0, failures=2), (P0.worker, D0.worker), (P1.worker, D0.worker)
         health.failed(pair, 0.0)
+        health.failed(other, 0.0)
         assert health.shunned(0.1) == frozenset()
         health.failed(pair, 1.0)
-        assert health.shunned(1.1) == {pair}
-        assert health.shunned(10.5) == frozenset()
+        assert health.shunned(1.1) == {pair} == health.shunned(10.9), "the pair, not its workers"
+        assert health.shunned(11.1) == frozenset()
+
+    def test_two_failures_far_apart_are_no_pattern(self) -> None:
+        health, pair = PairHealth(shun_s=10.0, failures=2), (P0.worker, D0.worker)
+        for at in (0.0, 11.0, 22.0):
+            health.failed(pair, at)
+            assert health.shunned(at) == frozenset()
+
+    def test_one_request_tries_a_shunned_pair_and_its_end_decides(self) -> None:
+        health, pair = PairHealth(shun_s=10.0, failures=2, trial_s=30.0), (P0.worker, D0.worker)
+        health.failed(pair, 0.0)
+        health.failed(pair, 0.0)
+        health.failed(pair, 5.0)  # it was on its way
+        assert health.shunned(10.1) == frozenset()
+        health.tried(pair, 10.1)
+        assert health.shunned(10.2) == {pair}, "others keep away until the trial has ended"
+        health.failed(pair, 12.0)
+        assert health.shunned(31.9) == {pair} and health.shunned(32.1) == frozenset(), "twice as long"
+        health.tried(pair, 33.0)
+        assert health.shunned(62.0) == {pair} and health.shunned(63.1) == frozenset(), "a trial that never ended"
+        health.tried(pair, 64.0)
+        health.worked(pair)
+        assert health.shunned(64.1) == frozenset()
+        health.failed(pair, 65.0)
+        assert health.shunned(65.1) == frozenset(), "as good as any"
+
+    def test_a_pair_that_never_works_is_tried_again_and_again(self) -> None:
+        health, pair, now_s, waits_s = PairHealth(), (P0.worker, D0.worker), 0.0, []
+        health.failed(pair, now_s)
+        for _ in range(8):
+            health.failed(pair, now_s)
+            began_s = now_s
+            while health.shunned(now_s):
+                now_s += 1.0
+            waits_s.append(now_s - began_s)
+            health.tried(pair, now_s)
+        assert waits_s == [10.0, 20.0, 40.0, 80.0, 80.0, 80.0, 80.0, 80.0]
