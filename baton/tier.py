@@ -172,6 +172,7 @@ class WorkerTier:
             self.prefill.pump()
         if self.decode is not None:
             self.decode.sweep()
+        self.published()  # pages that came by a hand-off, while nothing was computed: a retry goes where they are
 
     def measure(self) -> None:
         """Bring the gauges up to date, for a scrape."""
