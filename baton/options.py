@@ -23,8 +23,21 @@ class WorkerOptions:
     name: str = option(help="name of the worker, unique in its cluster")
     role: str = option(help="what it does", choices=("prefill", "decode", "aggregated"))
     model: str = option(help="folder of the checkpoint")
-    listen: str = option(help="where routers and peers reach it, as gRPC writes addresses")
+    listen: str = option(help="where routers and peers reach it: unix:/path or host:port; port 0 takes a free one")
     advertise: str = option("", help="where peers reach it, when that is not where it listens")
+    transport: str = option(
+        "auto",
+        help="how pages come and go: auto takes shm on one host and ucx otherwise, pair by pair",
+        choices=("auto", "shm", "ucx"),
+    )
+    ucx_tls: str = option("all", help="what UCX may run over, as in UCX_TLS: 'tcp', 'rc,cuda', ...")
+    ucx_net_devices: str = option("all", help="network devices of UCX, as in UCX_NET_DEVICES: 'mlx5_0:1', 'eth0', ...")
+    expect_transport: str = option(
+        "", help="what pairs are to use: 'shm', 'ucx', or 'ucx:rc' for a lane; anything else is a fall-back"
+    )
+    on_fallback: str = option(
+        "warn", help="a pair that cannot use what is expected: warn and go on, or refuse it", choices=("warn", "error")
+    )
     dtype: str = option("auto", help="type of weights and KV", choices=("auto", "float32", "bfloat16", "float16"))
     page_size: int = option(16, help="tokens per page, a multiple of 16")
     pages: int = option(0, help="pages of the pool; 0: as kv-bytes allows")
@@ -52,6 +65,11 @@ class RouterOptions:
     served_name: str = option("", help="name of the model; the folder's name when empty")
     max_context: int = option(0, help="longest prompt and output together; 0: the model's own")
     local_prefill: str = option("128", help="prompts with fewer uncached tokens are prefilled on decode; or 'auto'")
+    lend: str = option(
+        "auto",
+        help="a prefill worker fetches a conversation's history from the decode worker that has it, if that is quicker",
+        choices=("auto", "off"),
+    )
     placement_wait_s: float = option(15.0, help="how long a request waits for workers that can take it")
     report_fd: int = option(-1, help="file descriptor for reports to the launcher")
     lifeline_fd: int = option(-1, help="file descriptor whose end of file ends the process")

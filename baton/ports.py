@@ -1,4 +1,4 @@
-"""The HTTP port: taken before anything is loaded, so that a port in use is said at once."""
+"""The ports of processes: taken, or tried, before anything is loaded, so that one in use is said at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import errno
 import socket
 
 from core.errors import ConfigError, PortInUse
+
+WILDCARDS = ("", "*", "0.0.0.0", "::")  # noqa: S104
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[host]:port". Raises ConfigError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise ConfigError(f"{address!r} is not an address: unix:/path or host:port is needed")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`what`: 'loading' (with done and total), 'ready', or 'failed' (with a message and the exit code to come)."""
+    """`what`: 'loading' (done, total), 'ready' (endpoint), or 'failed' (a message and the exit code to come)."""
 
     what: str
     done: int = 0
     total: int = 0
     message: str = ""
     exit_code: int = 0
+    endpoint: str = ""  # where a worker is reached
 
 
 def parse(line: bytes) -> Report | None:

@@ -28,14 +28,15 @@ from baton.loaded_model import LoadedModel, PoolWish, load
 from baton.logs import set_up_logs
 from baton.options import WorkerOptions, add_options, from_args
 from baton.reports import Report, reporter
-from baton.worker_server import WorkerServer
+from baton.transports import paths_for
+from baton.worker_server import Listener, WorkerServer, check_address
 from core.clock import monotonic_s
 from core.errors import StartupError
 from core.messages import Role, WorkerId, WorkerInfo
 from engine.torch_executor import TorchExecutor
 from kvtransfer.digest import XXH3_64, algorithm
 from kvtransfer.frames import Frames
-from kvtransfer.shm import ShmTransport
+from kvtransfer.paths import Paths
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class WorkerProcess:
 
     async def serve(self) -> int:
         """The exit code: 1 when the engine's loop has ended by an error of ours. Raises StartupError."""
+        check_address(self._options.listen, self._options.advertise)
+        paths = paths_for(self._options, monotonic_s)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stopping.set)
@@ -85,14 +88,14 @@ class WorkerProcess:
         if not loading.done():
             os._exit(0)  # told to stop while it loads: nothing is held yet, and a read cannot be interrupted
         loaded, frames = loading.result()
-        transport = ShmTransport()
-        await transport.serve(frames, algorithm(XXH3_64))
-        worker = self._compose(loaded, frames, transport)
+        await paths.serve(frames, algorithm(XXH3_64))
+        listener = Listener(self._options.listen)
+        worker = self._compose(loaded, frames, paths, self._options.advertise or listener.address)
         try:
-            return await self._run(worker)
+            return await self._run(worker, WorkerServer(worker, paths, listener), listener.address)
         finally:
             await worker.stop()
-            await transport.close()
+            await paths.close()
             self._compute.shutdown()
             stop.cancel()
 
@@ -113,13 +116,13 @@ class WorkerProcess:
 
         return loaded, Frames.shared(loaded.layout, loaded.pages, pool_faulted_in)
 
-    def _compose(self, loaded: LoadedModel, frames: Frames, transport: ShmTransport) -> Worker:
+    def _compose(self, loaded: LoadedModel, frames: Frames, paths: Paths, endpoint: str) -> Worker:
         o = self._options
         threads = o.threads or len(os.sched_getaffinity(0))
         machine = Machine(
             executor=TorchExecutor(loaded.model, loaded.layout, frames.buffer, threads),
             frames=frames,
-            transport=transport,
+            transport=paths,
             clock=monotonic_s,
             random=Random(secrets.randbits(64)),
             run_blocking=self._run_blocking,
@@ -133,7 +136,7 @@ class WorkerProcess:
             page_size=loaded.layout.page_size,
             pages_total=loaded.pages,
             max_context_tokens=loaded.max_context_tokens,
-            handoff_endpoint=(o.advertise or o.listen) if o.role == Role.DECODE.value else "",
+            handoff_endpoint=endpoint if o.role != Role.AGGREGATED.value else "",
         )
         model = Model(loaded.identity, loaded.vocabulary, loaded.max_context_tokens, loaded.end_ids)
         limits = Limits(o.step_tokens, o.max_rows, max(o.step_tokens, 4 * o.local_prefill), o.prefill_share)
@@ -142,15 +145,15 @@ class WorkerProcess:
     async def _run_blocking(self, call: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._compute, call, *args)
 
-    async def _run(self, worker: Worker) -> int:
+    async def _run(self, worker: Worker, server: WorkerServer, address: str) -> int:
         """Serve until told to stop."""
-        server = WorkerServer(worker, self._options.listen)
         engine = worker.start()
         sweeping = asyncio.create_task(_every(SWEEP_S, server.desk.sweep), name="sweep")
         stop = asyncio.create_task(self._stopping.wait())
         await server.start()
-        self._report(Report("ready"))
-        log.info("%s serves: %d pages of %d tokens", worker.info.worker, worker.info.pages_total, worker.info.page_size)
+        self._report(Report("ready", endpoint=address))
+        info = worker.info
+        log.info("%s serves on %s: %d pages of %d tokens", info.worker, address, info.pages_total, info.page_size)
         try:
             first: set[asyncio.Future[Any]] = {engine, stop, sweeping}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)

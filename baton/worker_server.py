@@ -7,8 +7,12 @@ from pathlib import Path
 import grpc.aio
 
 from baton.composition import Worker
+from baton.path_probe import PathProbe
+from baton.ports import WILDCARDS, bind, split_address
 from core.clock import monotonic_s
+from core.errors import ConfigError, PortInUse
 from kvtransfer.client import HandoffDialer
+from kvtransfer.paths import Paths
 from kvtransfer.server import add_handoff_service
 from session.desk import Desk
 from session.server import SERVER_OPTIONS, WorkerServicer, add_worker_service
@@ -16,26 +20,65 @@ from session.server import SERVER_OPTIONS, WorkerServicer, add_worker_service
 STOP_S = 1.0  # open calls may end by themselves for so long
 
 
-class WorkerServer:
-    """`listen` is an address as gRPC writes it; a Unix socket's file is removed at the end."""
+UNIX = "unix:"
 
-    def __init__(self, worker: Worker, listen: str) -> None:
-        self._listen = listen
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+
+def check_address(listen: str, advertise: str) -> None:
+    """Before anything is loaded. Raises ConfigError and PortInUse."""
+    if listen.startswith(UNIX):
+        return
+    host, port = split_address(listen)
+    if host in WILDCARDS and not advertise:
+        raise ConfigError(f"--listen {listen} names no host that peers could reach: add --advertise host:port")
+    bind(host if host != "*" else "", port).close()
+
+
+class Listener:
+    """A server that has its address and does not serve yet: peers are told the address before it does."""
+
+    def __init__(self, listen: str) -> None:
+        """Raises PortInUse. `listen` as gRPC writes it; port 0 is whatever is free."""
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        try:
+            port = self.server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise PortInUse(f"cannot listen on {listen}: {error}") from error
+        self.address = listen if listen.startswith(UNIX) else f"{listen.rpartition(':')[0]}:{port}"
+
+    def tidy(self) -> None:
+        """A Unix socket's file goes with its server."""
+        if self.address.startswith(UNIX):
+            _tidy(Path(self.address.removeprefix(UNIX)))
+
+
+class WorkerServer:
+    """Everything that comes to one worker and goes from it, over the listener's server."""
+
+    def __init__(self, worker: Worker, paths: Paths, listener: Listener) -> None:
+        self._worker = worker
+        self._paths = paths
+        self._listener = listener
+        self._server = listener.server
         self.desk = Desk(worker.tier, worker.outlet)
-        self._servicer = WorkerServicer(self.desk, monotonic_s, worker.metrics_text)
-        add_worker_service(self._server, self._servicer)
-        worker.tier.published = self._servicer.publish
         self._dialer = self._sessions = None
-        if worker.receiver is not None:
-            self._sessions = add_handoff_service(self._server, worker.receiver)
-            worker.receiver.start(self._sessions)
         if worker.source is not None:
             self._dialer = HandoffDialer(worker.source, worker.machine.random)
             worker.source.start(self._dialer)
+        if worker.receiver is not None:
+            self._sessions = add_handoff_service(self._server, worker.receiver)
+            worker.receiver.start(self._sessions)
+            paths.renew = self._sessions.hang_up
+        probe = PathProbe(paths, self._dialer.dial if self._dialer is not None else None)
+        self._servicer = WorkerServicer(self.desk, monotonic_s, self._metrics_text, probe)
+        add_worker_service(self._server, self._servicer)
+        worker.tier.published = self._servicer.publish
+        paths.on_fallback = worker.metrics.paths.fell_back
+
+    def _metrics_text(self) -> bytes:
+        self._worker.metrics.paths.show(self._paths.snapshot())
+        return self._worker.metrics_text()
 
     async def start(self) -> None:
-        self._server.add_insecure_port(self._listen)
         await self._server.start()
 
     async def close(self) -> None:
@@ -46,8 +89,7 @@ class WorkerServer:
         if self._sessions is not None:
             self._sessions.close()
         await self._server.stop(STOP_S)
-        if self._listen.startswith("unix:"):
-            _tidy(Path(self._listen.removeprefix("unix:")))
+        self._listener.tidy()
 
 
 def _tidy(path: Path) -> None:

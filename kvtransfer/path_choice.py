@@ -15,7 +15,7 @@ PAUSE_S = (0.5, 30.0)  # first and longest, before a transport that has failed i
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What an operator counts on: "shm", or "ucx", or "ucx:rc" for a word that its lanes must have.
+    """What an operator counts on: "shm", or "ucx", or "ucx:rc" for how the name of one of its lanes must begin.
 
     `strict`: nothing else may be used; else another path is used and complained about.
     """
@@ -36,7 +36,7 @@ class Expectation:
         """What is wrong with a path, in words; empty when it is as expected."""
         if self.transport and transport != self.transport:
             return f"expected {self.transport}, got {transport}"
-        if self.lanes and self.lanes not in lanes:
+        if not any(lane.startswith(self.lanes) for lane in lanes.split(", ")):
             return f"expected {self.transport} over {self.lanes}, got {lanes or 'lanes that are not known'}"
         return ""
 
@@ -52,6 +52,7 @@ class Route:
     descriptor: bytes = b""
     barrier: str = ""  # why it can never be the way to this peer; empty: it can
     met: bool = False  # False once it has been cut off: the next session exchanges descriptors again
+    lanes: str = ""  # what it runs over, as last proved
     measure: Measure | None = None  # None: not proved since it was met
     proved_s: float = 0.0
     trouble: str = ""  # why it failed last
@@ -63,7 +64,7 @@ class Route:
 
     def failed(self, trouble: str, now_s: float) -> None:
         """The pause doubles while it keeps failing."""
-        self.met, self.measure, self.trouble = False, None, trouble
+        self.met, self.measure, self.lanes, self.trouble = False, None, "", trouble
         self.retry_s = now_s + self.pause_s
         self.pause_s = min(2 * self.pause_s, PAUSE_S[1])
 

@@ -121,23 +121,27 @@ class Paths:
             expected = pattern_digests(theirs.seed, self._frames.layout, self._digest)
             pair = self._pairs[peer] = _Pair(peer, theirs, expected, routes)
         for route in pair.routes:
-            offered = theirs.transports.get(route.name, b"")
-            if not route.barrier and not (route.met and route.descriptor == offered):
-                await self._meet(pair, route, offered)
+            if not route.barrier:
+                await self._meet(pair, route, theirs.transports.get(route.name, b""))
         async with self._met:
             self._met.notify_all()
 
     async def _meet(self, pair: _Pair, route: Route, offered: bytes) -> None:
-        """For the first time, or again: what was proved before is not proved any more."""
+        """For the first time, or again: what was proved stays so while the peer says the same as before."""
         await self._cut_off(pair, route)
-        route.descriptor, route.measure = offered, None
-        if pair.current is route:
-            pair.current = None
+        if not route.met or route.descriptor != offered:
+            route.descriptor, route.measure, route.retry_s = offered, None, self._clock()
+            if pair.current is route:
+                pair.current = None
         try:
             await self._transports[route.name].meet(pair.peer, offered)
-            route.met, route.retry_s = True, self._clock()
+            route.met = True
         except HandoffError as error:
-            route.failed(f"it cannot be met: {error}", self._clock())
+            route.met = True  # half: it has to be cut off
+            await self._give_up(pair, route, f"it cannot be met: {error}")
+
+    def knows(self, peer: WorkerId) -> bool:
+        return peer in self._pairs
 
     async def until_met(self, peer: WorkerId) -> None:
         """Return when a session has brought the peer's descriptor."""
@@ -186,7 +190,7 @@ class Paths:
     def _take(self, pair: _Pair, route: Route) -> None:
         """From now on pages come this way."""
         before, pair.current = pair.current, route
-        pair.unmet = self._terms.expect.unmet(route.name, self._lanes(pair, route))
+        pair.unmet = self._terms.expect.unmet(route.name, route.lanes)
         if before is not route and fell_back(route, pair.routes, pair.unmet):
             self.on_fallback(pair.peer.name, route.name)
             trouble = self._trouble(pair, route)
@@ -202,7 +206,8 @@ class Paths:
             try:
                 async with asyncio.timeout(self._terms.proof_s):
                     measure = await proof.run()
-                self._insist_on_lanes(pair, route)
+                    route.lanes = await lanes_of(transport, pair.peer)
+                self._insist_on_lanes(route)
             except TimeoutError:
                 await self._give_up(pair, route, f"no answer within {self._terms.proof_s:.1f} s")
             except HandoffError as error:
@@ -211,8 +216,8 @@ class Paths:
                 route.proved(measure, self._clock())
         return route.measure is not None
 
-    def _insist_on_lanes(self, pair: _Pair, route: Route) -> None:
-        unmet = self._terms.expect.unmet(route.name, self._lanes(pair, route))
+    def _insist_on_lanes(self, route: Route) -> None:
+        unmet = self._terms.expect.unmet(route.name, route.lanes)
         if unmet and self._terms.expect.strict:
             raise PeerLost(unmet)
 
@@ -287,10 +292,15 @@ class Paths:
     # --- what can be seen --------------------------------------------------------------------------------------
 
     async def probe(self, peer: WorkerId) -> None:
-        """Prove and measure the path from this peer now. What is wrong with it is in the snapshot."""
+        """Prove and measure the path from this peer now. What is wrong with it is in the snapshot.
+
+        A caller that leaves does not take the proof along: what is half done could still land.
+        """
         pair = self._pairs.get(peer)
-        if pair is None:
-            return
+        if pair is not None:
+            await asyncio.wait([self._chores.spawn(self._probe(pair), f"probe of {peer}")])
+
+    async def _probe(self, pair: _Pair) -> None:
         if pair.current is not None and await self._prove(pair, pair.current):
             return
         try:
@@ -311,7 +321,7 @@ class Paths:
         return PathReport(
             peer=pair.peer,
             transport=route.name,
-            lanes=self._lanes(pair, route),
+            lanes=route.lanes,
             bytes_per_s=measure.bytes_per_s,
             latency_s=measure.latency_s,
             proved_s=self._clock() - route.proved_s,
@@ -321,10 +331,6 @@ class Paths:
     def _trouble(self, pair: _Pair, route: Route) -> str:
         one_machine = same_machine(self._host, pair.theirs.host)
         return trouble_of(route, pair.routes, pair.unmet, one_machine=one_machine)
-
-    def _lanes(self, pair: _Pair, route: Route) -> str:
-        return lanes_of(self._transports[route.name], pair.peer)
-
 
 def _nobody(peer: WorkerId) -> None:
     """No sessions to renew."""

@@ -91,10 +91,10 @@ class Transport(Protocol):
 class Laned(Protocol):
     """A transport that runs over other things: devices and protocols."""
 
-    def lanes(self, peer: WorkerId) -> str:
+    async def lanes(self, peer: WorkerId) -> tuple[str, ...]:
         """What carries the bytes of this peer, in the transport's own words; empty while it is not known."""
         ...
 
 
-def lanes_of(transport: Transport, peer: WorkerId) -> str:
-    return transport.lanes(peer) if isinstance(transport, Laned) else ""
+async def lanes_of(transport: Transport, peer: WorkerId) -> str:
+    return ", ".join(await transport.lanes(peer)) if isinstance(transport, Laned) else ""

@@ -24,6 +24,7 @@ from core.messages import (
     Lend,
     Load,
     PagesChanged,
+    PathReport,
     Peer,
     Receipt,
     RequestFailed,
@@ -56,6 +57,7 @@ CHANNEL_OPTIONS = (
 )
 _RECEIPT = tuple(field.name for field in fields(Receipt))
 SAMPLING_FIELDS = tuple(field.name for field in pb.Sampling.DESCRIPTOR.fields)
+PROBE_S = 20.0  # a worker needs some seconds to find that a peer cannot be reached, and for each path to it
 _ROLES = {pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE, pb.ROLE_AGGREGATED: Role.AGGREGATED}
 _FINISHES = {pb.FINISH_STOP: FinishReason.STOP, pb.FINISH_LENGTH: FinishReason.LENGTH}
 
@@ -127,6 +129,17 @@ class WorkerClient:
             return (await self._stub.Metrics(pb.MetricsRequest(), timeout=1.0)).text
         except grpc.aio.AioRpcError:
             return b""
+
+    async def paths(self, probe: Peer | None) -> list[PathReport]:
+        """How pages come to this worker; proved anew from one peer, if one is given. Raises WorkerLost."""
+        if self._stub is None:
+            raise WorkerLost(f"no session with {self._endpoint}")
+        asked = None if probe is None else pb.Peer(worker=_encode_worker(probe.worker), endpoint=probe.endpoint)
+        try:
+            answer = await self._stub.Paths(pb.PathsRequest(probe=asked), timeout=PROBE_S)
+        except grpc.aio.AioRpcError as error:
+            raise WorkerLost(f"{self._endpoint} did not tell its paths: {error.details()}") from None
+        return [_decode_path(path) for path in answer.paths]
 
     # --- the session -------------------------------------------------------------------------------------------
 
@@ -344,6 +357,11 @@ def _decode_receipt(m: pb.Receipt) -> Receipt:
 def _decode_failed(m: pb.RequestFailed) -> RequestFailed:
     blames = WorkerId(m.blames.name, m.blames.incarnation) if m.HasField("blames") else None
     return RequestFailed(m.request_id, m.attempt, m.code, m.message, blames)
+
+
+def _decode_path(m: pb.Path) -> PathReport:
+    peer = WorkerId(m.peer.name, m.peer.incarnation)
+    return PathReport(peer, m.transport, m.lanes, m.bytes_per_s, m.latency_s, m.proved_s, m.trouble)
 
 
 def _decode_load(m: pb.Load) -> Load:

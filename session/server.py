@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from core.messages import (
     Lend,
     Load,
     PagesChanged,
+    PathReport,
     Peer,
     Receipt,
     RequestFailed,
@@ -58,17 +59,20 @@ MAX_PROMPT_TOKENS = 4 * 2**20
 _ROLES = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE, Role.AGGREGATED: pb.ROLE_AGGREGATED}
 _FINISHES = {None: pb.FINISH_UNSPECIFIED, FinishReason.STOP: pb.FINISH_STOP, FinishReason.LENGTH: pb.FINISH_LENGTH}
 
+PathsOf = Callable[[Peer | None], Awaitable[Sequence[PathReport]]]  # proves the path from this peer first, if any
+
 ServerContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class WorkerServicer(session_pb2_grpc.WorkerServicer):
     """One per worker process, for any number of routers."""
 
-    def __init__(self, desk: Desk, clock: Clock, metrics_text: Callable[[], bytes]) -> None:
+    def __init__(self, desk: Desk, clock: Clock, metrics_text: Callable[[], bytes], paths: PathsOf) -> None:
         self._desk = desk
         self._tier = desk.tier
         self._clock = clock
         self._metrics_text = metrics_text
+        self._paths = paths
         self._feeds: set[Feed] = set()
         self._closing = asyncio.Event()
 
@@ -113,8 +117,14 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
         return pb.MetricsReply(text=self._metrics_text())
 
     async def Paths(self, request: pb.PathsRequest, context: ServerContext) -> pb.PathsReply:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker does not measure its paths")
-        raise AssertionError("abort raises")
+        """How pages come to this worker from each of its peers.
+
+        Who fetches measures, so a worker says only what comes to it. With `probe` it first proves the path from that
+        peer, and opens the session if it is the end that dials. So a pair that was never used is proved by asking the
+        source, which dials, and then the receiver.
+        """
+        probe = _decode_peer(request.probe) if request.HasField("probe") else None
+        return pb.PathsReply(paths=[_encode_path(report) for report in await self._paths(probe)])
 
     def close(self) -> None:
         """End every stream, so that their calls return before the server stops."""
@@ -301,4 +311,16 @@ def _encode_event(event: Load | PagesChanged) -> pb.Event:
             handoffs=event.handoffs,
             draining=event.draining,
         )
+    )
+
+
+def _encode_path(report: PathReport) -> pb.Path:
+    return pb.Path(
+        peer=_encode_worker(report.peer),
+        transport=report.transport,
+        lanes=report.lanes,
+        bytes_per_s=report.bytes_per_s,
+        latency_s=report.latency_s,
+        proved_s=report.proved_s,
+        trouble=report.trouble,
     )

@@ -80,7 +80,7 @@ def test_what_is_expected_comes_first_and_alone_when_nothing_else_may_be_used() 
 
 def test_lanes_can_be_expected() -> None:
     rc = Expectation("ucx", "rc")
-    assert rc.unmet("ucx", "rc_mlx5/mlx5_0:1") == ""
+    assert rc.unmet("ucx", "tcp/eth0, rc_mlx5/mlx5_0:1") == ""
     assert rc.unmet("ucx", "tcp/eth0") == "expected ucx over rc, got tcp/eth0"
     assert rc.unmet("shm", "") == "expected ucx, got shm"
     assert ANY.unmet("ucx", "tcp/eth0") == ""

@@ -10,13 +10,14 @@ import grpc.aio
 import pytest
 
 from core.clock import monotonic_s
-from core.errors import EngineError, InvalidRequest
+from core.errors import EngineError, InvalidRequest, WorkerLost
 from core.messages import (
     Cancel,
     FinishReason,
     Lend,
     Load,
     PagesChanged,
+    PathReport,
     Peer,
     Receipt,
     RequestFailed,
@@ -190,11 +191,16 @@ class Wire:
     async def serve(self, info: WorkerInfo = INFO) -> None:
         self.tier = ScriptedTier(info)
         self.outlet = Outlet(monotonic_s)
-        self.servicer = WorkerServicer(Desk(self.tier, self.outlet), monotonic_s, lambda: b"# metrics\n")
+        self.servicer = WorkerServicer(Desk(self.tier, self.outlet), monotonic_s, lambda: b"# metrics\n", self.paths)
         self.server = grpc.aio.server(options=SERVER_OPTIONS)
         add_worker_service(self.server, self.servicer)
         self.server.add_insecure_port(self.endpoint)
         await self.server.start()
+
+    async def paths(self, probe: Peer | None) -> list[PathReport]:
+        if probe is None:
+            return []
+        return [PathReport(probe.worker, "ucx", probe.endpoint, 2.5e9, 3e-5, 1.5, "slow")]
 
     async def up(self) -> None:
         async with asyncio.timeout(10):
@@ -334,3 +340,13 @@ class TestOverGrpc:
         wire.tier.stuck = True
         with pytest.raises(EngineError, match="stuck"):
             await wire.client.health()
+
+    async def test_paths_cross_the_wire_as_they_are(self, wire: Wire) -> None:
+        await wire.up()
+        assert await wire.client.paths(None) == []
+        peer = Peer(WorkerId("p", 2**62), "unix:/tmp/p")
+        report = PathReport(peer.worker, "ucx", peer.endpoint, 2.5e9, 3e-5, 1.5, "slow")
+        assert await wire.client.paths(peer) == [report]
+        await wire.server.stop(0)
+        with pytest.raises(WorkerLost):
+            await wire.client.paths(None)

@@ -18,7 +18,7 @@ class PathMetrics:
     def __init__(self, registry: CollectorRegistry, labels: dict[str, str]) -> None:
         names = (*labels, "peer", "transport")
         self._labels = labels
-        rate, latency = "Bandwidth from a peer, as last measured", "Time to fetch one page from a peer, as last measured"
+        rate, latency = "Bandwidth from a peer, as last measured", "Time to fetch one page from a peer"
         self._rate = Gauge("baton:path_bytes_per_second", rate, names, registry=registry)
         self._latency_s = Gauge("baton:path_latency_seconds", latency, names, registry=registry)
         fallbacks = "Times that a path other than the best or the expected one was taken"

@@ -1,0 +1,46 @@
+"""What a worker does when it is asked for its paths: reaches the peer in question, proves the path from it, reports."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from core.messages import PathReport, Peer
+from kvtransfer.paths import Paths
+
+REACH_S = 5.0
+
+
+class PathProbe:
+    """A session.server.PathsOf. `dial` opens the session with a peer; None for a worker that is only dialled."""
+
+    def __init__(self, paths: Paths, dial: Callable[[Peer], None] | None) -> None:
+        self._paths = paths
+        self._dial = dial
+        self._turn = asyncio.Lock()  # two probes at once would measure each other
+
+    async def __call__(self, probe: Peer | None) -> Sequence[PathReport]:
+        if probe is None:
+            return self._paths.snapshot()
+        async with self._turn:
+            if not await self._reach(probe):
+                return (*self._paths.snapshot(), _unreached(probe))
+            await self._paths.probe(probe.worker)
+        return self._paths.snapshot()
+
+    async def _reach(self, peer: Peer) -> bool:
+        """Whether there is a session, in time."""
+        if not self._paths.knows(peer.worker) and self._dial is not None and peer.endpoint:
+            self._dial(peer)
+        try:
+            async with asyncio.timeout(REACH_S):
+                await self._paths.until_met(peer.worker)
+        except TimeoutError:
+            return False
+        return True
+
+
+def _unreached(peer: Peer) -> PathReport:
+    where = f" at {peer.endpoint}" if peer.endpoint else ""
+    trouble = f"no session with {peer.worker.name}{where} within {REACH_S:.0f} s; the log of either worker says why"
+    return PathReport(peer.worker, "", "", 0.0, 0.0, 0.0, trouble)

@@ -1,0 +1,44 @@
+"""Which transports a worker has: what --transport asks for, as far as this machine has it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+from baton.options import WorkerOptions
+from core.clock import Clock
+from core.errors import ConfigError
+from kvtransfer.host import this_host
+from kvtransfer.path_choice import Expectation
+from kvtransfer.paths import Paths, PathTerms
+from kvtransfer.shm import ShmTransport
+from kvtransfer.transport import Transport
+
+log = logging.getLogger(__name__)
+
+
+def paths_for(options: WorkerOptions, clock: Clock) -> Paths:
+    """Raises ConfigError for a transport that is not installed, or an expectation that cannot be met."""
+    transports: dict[str, Transport] = {}
+    if options.transport in ("auto", "shm"):
+        transports["shm"] = ShmTransport()
+    if options.transport == "ucx" or (options.transport == "auto" and _has_ucx()):
+        transports["ucx"] = _ucx(options)
+    strict = options.on_fallback == "error"
+    terms = PathTerms(expect=Expectation.parse(options.expect_transport, tuple(transports), strict=strict))
+    return Paths(transports, host=this_host(), clock=clock, terms=terms)
+
+
+def _has_ucx() -> bool:
+    if importlib.util.find_spec("ucxx") is not None:
+        return True
+    log.info("ucxx is not installed: pages move through shared memory, between workers of one host alone")
+    return False
+
+
+def _ucx(options: WorkerOptions) -> Transport:
+    if importlib.util.find_spec("ucxx") is None:
+        raise ConfigError("--transport ucx needs ucxx: install the extra `ucx`, or use --transport shm on one host")
+    from kvtransfer.ucx import UcxTransport  # loads UCX, which a worker on one host does without
+
+    return UcxTransport(tls=options.ucx_tls, net_devices=options.ucx_net_devices)

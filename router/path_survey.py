@@ -1,0 +1,96 @@
+"""How pages come from worker to worker over the whole cluster: every pair is asked for, and proved on request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from core.errors import QueueFull, WorkerLost
+from core.messages import PathReport, Peer, Role, WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class PairPath:
+    """The path by which one worker fetches from another."""
+
+    source: str
+    receiver: str
+    transport: str = ""  # empty: there is none, or it was never used
+    lanes: str = ""
+    bytes_per_s: float = 0.0
+    latency_s: float = 0.0
+    proved_s: float = 0.0  # how long ago
+    trouble: str = ""
+    needed: bool = True  # every request on this pair goes this way; else it only saves computing
+
+
+class PathLink(Protocol):
+    async def paths(self, probe: Peer | None) -> Sequence[PathReport]:
+        """What comes to a worker; proved from one peer, if one is given. Raises WorkerLost."""
+        ...
+
+
+Member = tuple[WorkerInfo, PathLink]
+
+
+class PathSurvey:
+    """`members`: the workers that are up now."""
+
+    def __init__(self, members: Callable[[], Sequence[Member]]) -> None:
+        self._members = members
+        self._probing = asyncio.Lock()
+
+    async def known(self) -> list[PairPath]:
+        """As the workers last proved them, without disturbing anybody."""
+        return [row for prefill, decode in self._pairs() for row in await self._rows(prefill, decode)]
+
+    async def probed(self) -> list[PairPath]:
+        """Each path proved now, one after the other, so that they do not measure each other.
+
+        Raises QueueFull while another caller's probe runs.
+        """
+        if self._probing.locked():
+            raise QueueFull("the paths are being probed already", retry_after_s=1.0)
+        async with self._probing:
+            return [row for prefill, decode in self._pairs() for row in await self._probe(prefill, decode)]
+
+    def _pairs(self) -> list[tuple[Member, Member]]:
+        members = sorted(self._members(), key=lambda member: member[0].worker.name)
+        by_role = {role: [member for member in members if member[0].role is role] for role in Role}
+        return [(prefill, decode) for prefill in by_role[Role.PREFILL] for decode in by_role[Role.DECODE]]
+
+    async def _probe(self, prefill: Member, decode: Member) -> list[PairPath]:
+        """The prefill worker is the one that dials, so it is asked first."""
+        back = await _asked(decode, prefill, _peer(decode), needed=False)
+        return [await _asked(prefill, decode, _peer(prefill), needed=True), back]
+
+    async def _rows(self, prefill: Member, decode: Member) -> list[PairPath]:
+        forth = await _asked(prefill, decode, None, needed=True)
+        return [forth, await _asked(decode, prefill, None, needed=False)]
+
+
+def _peer(member: Member) -> Peer:
+    return Peer(member[0].worker, member[0].handoff_endpoint)
+
+
+async def _asked(source: Member, receiver: Member, probe: Peer | None, *, needed: bool) -> PairPath:
+    """What the receiver says of the path from the source."""
+    row = PairPath(source[0].worker.name, receiver[0].worker.name, needed=needed)
+    try:
+        reports = await receiver[1].paths(probe)
+    except WorkerLost as error:
+        return replace(row, trouble=error.message)
+    report = next((report for report in reports if report.peer == source[0].worker), None)
+    if report is None:
+        return row
+    return replace(
+        row,
+        transport=report.transport,
+        lanes=report.lanes,
+        bytes_per_s=report.bytes_per_s,
+        latency_s=report.latency_s,
+        proved_s=report.proved_s,
+        trouble=report.trouble,
+    )
