@@ -9,6 +9,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import setproctitle
@@ -111,7 +112,10 @@ class RouterProcess:
 
     def _threshold(self) -> Threshold:
         asked = self._options.local_prefill
-        return Threshold(Terms(), auto=True) if asked == "auto" else Threshold(Terms(local_prefill_tokens=int(asked)))
+        terms = Terms() if self._options.lend == "auto" else Terms(lend_tokens=None)
+        if asked == "auto":
+            return Threshold(terms, auto=True)
+        return Threshold(replace(terms, local_prefill_tokens=int(asked)))
 
     async def _say_ready(self, ready: Callable[[], None]) -> None:
         while len(self._workers.infos()) < len(self._clients):

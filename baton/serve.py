@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="prompts with fewer uncached tokens are prefilled on the decode worker; 'auto' measures the threshold",
     )
+    add(
+        "--lend",
+        default="auto",
+        choices=("auto", "off"),
+        help="prefill workers fetch a conversation's history from decode workers, where that is quicker than computing",
+    )
     add("--prefill-share", type=float, default=0.5, help="of shared cores, for a prefill that has waited 500 ms")
     add("--threads", type=int, default=0, help="compute threads of each worker; 0: one per core")
 
@@ -164,6 +170,7 @@ class Launcher:
             served_name=args.served_model_name or self._checkpoint.name,
             max_context=context_tokens(self._config.max_positions, args.max_context),
             local_prefill=args.local_prefill,
+            lend=args.lend,
         )
 
     # --- what they say -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,7 +72,7 @@ class TestChoose:
         assert names(choose([one, other], Need(1000, 10), Terms())) == (None, "w1")
 
     def test_what_prefill_lacks_is_fetched_where_that_is_quicker(self) -> None:
-        d0 = worker("d0", Role.DECODE, cached=816)
+        d0 = worker("d0", Role.DECODE, cached_tokens=816)
         placement = choose([P0, d0, D1], Need(1500, 10), Terms())
         assert placement is not None
         assert names(placement) == ("p0", "d0"), "and it need not be sent the history"
@@ -79,13 +80,13 @@ class TestChoose:
         assert placement.cost_s < 0.75, "684 tokens are computed"
 
     def test_a_lender_need_not_decode(self) -> None:
-        d0 = worker("d0", Role.DECODE, cached=816, running_requests=200)
+        d0 = worker("d0", Role.DECODE, cached_tokens=816, running_requests=200)
         placement = choose([P0, d0, D1], Need(1500, 10), Terms())
         assert placement is not None
         assert (names(placement), placement.loan) == (("p0", "d1"), Loan(d0.worker, 816))
 
     def test_a_prompt_that_is_cached_whole_is_lent_but_for_its_last_page(self) -> None:
-        d0 = worker("d0", Role.DECODE, cached=1023)  # all of it: one token is computed, for its logits
+        d0 = worker("d0", Role.DECODE, cached_tokens=1023)  # all of it: one token is computed, for its logits
         placement = choose([P0, d0], Need(1024, 10, local_refused=True), Terms())
         assert placement is not None and placement.loan == Loan(d0.worker, 1008)
 
@@ -100,12 +101,13 @@ class TestChoose:
         ],
     )
     def test_what_is_not_worth_a_loan_is_computed(self, cached_p: int, cached_d: int, terms: Terms) -> None:
-        p0, d0 = worker("p0", Role.PREFILL, cached=cached_p), worker("d0", Role.DECODE, cached=cached_d)
+        p0 = worker("p0", Role.PREFILL, cached_tokens=cached_p)
+        d0 = worker("d0", Role.DECODE, cached_tokens=cached_d)
         placement = choose([p0, d0], Need(1500, 10), terms)
         assert placement is not None and placement.loan is None
 
     def test_nobody_borrows_from_a_worker_that_has_failed_it(self) -> None:
-        d0, d1 = worker("d0", Role.DECODE, cached=816), worker("d1", Role.DECODE)
+        d0, d1 = worker("d0", Role.DECODE, cached_tokens=816), worker("d1", Role.DECODE)
         for need in (
             Need(1500, 10, excluded=frozenset({d0.worker})),
             Need(1500, 10, shunned=frozenset({(P0.worker, d0.worker)})),
@@ -114,8 +116,9 @@ class TestChoose:
             assert placement is not None and (names(placement), placement.loan) == (("p0", "d1"), None)
 
     def test_local_prefill_and_aggregated_workers_borrow_nothing(self) -> None:
-        local = choose([P0, worker("d0", Role.DECODE, cached=960)], Need(1000, 10), Terms())
-        alone = choose([worker("w0", Role.AGGREGATED), worker("d0", Role.DECODE, cached=816)], Need(1500, 10), Terms())
+        local = choose([P0, worker("d0", Role.DECODE, cached_tokens=960)], Need(1000, 10), Terms())
+        lender = worker("d0", Role.DECODE, cached_tokens=816)
+        alone = choose([worker("w0", Role.AGGREGATED), lender], Need(1500, 10), Terms())
         assert local is not None and (local.prefill, local.loan) == (None, None)
         assert alone is not None and (alone.prefill, alone.loan) == (None, None)
 
