@@ -20,6 +20,8 @@ from core.errors import ConfigError, RegistryAway
 from core.messages import Role, WorkerId, WorkerInfo
 from core.registry.breaker import Breaker, GuardedStore
 from core.registry.memory_store import MemoryShelf, MemoryStore
+from core.registry.poison import PoisonCounts
+from core.registry.quota import Quota
 from core.registry.records import WorkerRecord, WorkerState, decode
 from core.registry.registry import GROUP, Registry, RegistryTiming
 from core.registry.store import MAX_VALUE_BYTES, Store
@@ -342,3 +344,98 @@ async def test_a_url_that_means_nothing_says_so() -> None:
 
 def test_a_record_cannot_be_changed_by_what_it_was_made_from() -> None:
     assert replace(record(), endpoint="elsewhere").info == record().info
+
+
+# --- limits in sum -------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def quotas(stores: list[Store], limit: int) -> AsyncIterator[list[Quota]]:
+    made = [
+        Quota(store, monotonic_s, Random(n), name="requests", router=f"r{n}", limit=limit, timing=QUICK)
+        for n, store in enumerate(stores)
+    ]
+    running = [asyncio.create_task(quota.run()) for quota in made]
+    try:
+        yield made
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running)
+
+
+async def test_parts_of_a_limit_follow_the_use_and_never_add_up_to_more(store_maker: Callable[[], Store]) -> None:
+    random = Random(5)
+    async with quotas([store_maker() for _ in range(3)], 100) as parts:
+        most = 0
+        for _ in range(60):
+            random.choice(parts).use(random.choice([0, 10, 50, 100, 500]))
+            await asyncio.sleep(0.01)
+            total = sum(part.held for part in parts)
+            assert total <= 100
+            most = max(most, total)
+        assert most > 60, "what is wanted is given"
+        for part in parts[1:]:
+            part.use(0)
+        parts[0].use(100)
+        await until(lambda: parts[0].held >= 80)  # the others keep a stride each
+        assert sum(part.held for part in parts) <= 100
+
+
+async def test_a_dead_routers_part_comes_back() -> None:
+    shelf = MemoryShelf(monotonic_s)
+    shelf.put(("quota:requests", "dead"), b"90", 0.8)
+    async with quotas([MemoryStore(shelf)], 100) as (part,):
+        part.use(100)
+        await until(lambda: part.held > 0)
+        assert part.held <= 10
+        await until(lambda: part.held == 100)
+
+
+async def test_while_the_store_is_away_a_part_stays_and_none_grows_until_all_have_written_theirs() -> None:
+    shelf = MemoryShelf(monotonic_s)
+    async with quotas([MemoryStore(shelf), MemoryStore(shelf)], 100) as (one, other):
+        one.use(40)
+        other.use(40)
+        await until(lambda: one.held >= 40 and other.held >= 40)
+        for how in ("away", "emptied"):
+            shelf.away = how == "away"
+            if how == "emptied":
+                shelf.clear()
+            one.use(100)
+            other.use(100)
+            for _ in range(40):
+                await asyncio.sleep(0.01)
+                assert one.held >= 40 and other.held >= 40 and one.held + other.held <= 100
+            shelf.clear()
+            shelf.away = False
+            for _ in range(60):
+                await asyncio.sleep(0.01)
+                assert one.held >= 40 and other.held >= 40 and one.held + other.held <= 100, how
+
+
+# --- poison --------------------------------------------------------------------------------------------------
+
+
+async def test_what_cost_one_router_a_worker_is_known_to_the_others(store_maker: Callable[[], Store]) -> None:
+    one, other = PoisonCounts(store_maker(), monotonic_s), PoisonCounts(store_maker(), monotonic_s)
+    await one.cost_a_worker(b"x")
+    assert (one.count(b"x"), other.count(b"x"), one.count(b"y")) == (1, 0, 0)
+    await other.refresh()
+    assert other.count(b"x") == 1
+    await other.cost_a_worker(b"x")
+    await one.refresh()
+    assert one.count(b"x") == other.count(b"x") == 2
+
+
+async def test_counts_hold_here_without_the_store_and_are_bounded_and_forgotten() -> None:
+    now_s = 0.0
+    shelf = MemoryShelf(lambda: now_s)
+    counts = PoisonCounts(MemoryStore(shelf), lambda: now_s, life_s=10.0, limit=3)
+    shelf.away = True
+    for content in (b"a", b"b", b"c", b"d", b"d"):
+        await counts.cost_a_worker(content)
+    await counts.refresh()
+    assert [counts.count(content) for content in (b"a", b"b", b"c", b"d")] == [0, 1, 1, 2]
+    now_s = 11.0
+    assert counts.count(b"d") == 0
