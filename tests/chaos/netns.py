@@ -1,23 +1,29 @@
 """Two hosts on one machine: network namespaces joined by two links, each of which can be cut, throttled or half dead.
 
-    namespace P ----- data: 10.231.1.0/24 (gRPC of the hand-off, UCX) ----- namespace D
+    namespace P == wire.py == data: 10.231.1.0/24 (gRPC of the hand-off, UCX) == wire.py == namespace D
                 ----- control: 10.231.2.0/24 (the router's sessions) -----
     and from D to the test itself: 10.231.3.0/24, which is never touched.
 
-Needs root. The names of the links are the same on both sides, so that one setting names a device for both.
+Packets on the data link go through a program that can harm them, one by one. The names of the links are the same on
+both sides, so that one setting names a device for both. Needs root.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 TIMEOUT_S = 20.0
+MTU_BYTES = 9000
+WIRE = Path(__file__).with_name("wire.py")
 LINKS = {"data": "10.231.1", "control": "10.231.2"}
 P_END, D_END = ".1", ".2"
 TEST_ADDRESS, ROUTER_ADDRESS = "10.231.3.1", "10.231.3.2"
@@ -30,14 +36,17 @@ class Hosts:
         mark = os.getpid() % 10_000
         self.p, self.d = f"bt-p-{mark}", f"bt-d-{mark}"
         self._to_test = f"bt-{mark}"
+        self._wire: subprocess.Popen[str] | None = None
 
     def make(self) -> None:
         """Raises OSError where it is not permitted."""
         for name in (self.p, self.d):
             run("ip", "netns", "add", name)
             run("ip", "-n", name, "link", "set", "lo", "up")
+        veth = ("type", "veth", "peer", "name", "control", "netns", self.d)
+        run("ip", "link", "add", "control", "netns", self.p, *veth)
+        self._make_wire()
         for link, net in LINKS.items():
-            run("ip", "link", "add", link, "netns", self.p, "type", "veth", "peer", "name", link, "netns", self.d)
             self._address(self.p, link, net + P_END)
             self._address(self.d, link, net + D_END)
         run("ip", "link", "add", self._to_test, "type", "veth", "peer", "name", "test", "netns", self.d)
@@ -45,12 +54,25 @@ class Hosts:
         run("ip", "link", "set", self._to_test, "up")
         self._address(self.d, "test", ROUTER_ADDRESS)
 
+    def _make_wire(self) -> None:
+        command = [sys.executable, str(WIRE), self.p, self.d, "data"]
+        pipe = subprocess.PIPE
+        self._wire = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        assert self._wire.stdout is not None and self._wire.stderr is not None
+        if not self._wire.stdout.readline():
+            raise OSError(self._wire.stderr.read())
+        for name in (self.p, self.d):
+            run("ip", "-n", name, "link", "set", "data", "mtu", str(MTU_BYTES))
+
     def _address(self, name: str, device: str, address: str) -> None:
         run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", device)
         run("ip", "-n", name, "link", "set", device, "up")
 
     def remove(self) -> None:
         """Whatever has been made. The links go with the namespaces."""
+        if self._wire is not None:
+            self._wire.kill()
+            self._wire.communicate(timeout=TIMEOUT_S)
         for name in (self.p, self.d):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=TIMEOUT_S, check=False)
         left = ["ip", "link", "del", self._to_test]
@@ -76,8 +98,17 @@ class Hosts:
                 bucket = ("tbf", "rate", rate, "burst", "32kb", "latency", "100ms")
                 run("ip", "netns", "exec", host, "tc", "qdisc", "add", "dev", link, "root", *bucket)
 
+    def harm(self, **settings: float) -> dict[str, int]:
+        """What the wire does from now on (see wire.Harm); returns how many packets it has harmed so far, and how."""
+        assert self._wire is not None and self._wire.stdin is not None and self._wire.stdout is not None
+        self._wire.stdin.write(json.dumps(settings) + "\n")
+        self._wire.stdin.flush()
+        counts: dict[str, int] = json.loads(self._wire.stdout.readline())
+        return counts
+
     def heal(self) -> None:
         """Every link as it was at first."""
+        self.harm()
         for link, net in LINKS.items():
             run("ip", "-n", self.p, "link", "set", link, "up")
             for host, other in ((self.p, D_END), (self.d, P_END)):

@@ -21,6 +21,22 @@ CALL = """
 import socket, sys
 socket.create_connection((sys.argv[1], 7100), 1.0).close()
 """
+SEND = """
+import hashlib, socket, sys
+there = socket.create_connection((sys.argv[1], 7200), 5.0)
+there.sendall(hashlib.shake_128(b"").digest(4_000_000))
+there.close()
+"""
+RECEIVE = """
+import hashlib, socket
+server = socket.create_server(("", 7200))
+print("up", flush=True)
+here = server.accept()[0]
+got = b"".join(iter(lambda: here.recv(1 << 16), b""))
+sent = hashlib.shake_128(b"").digest(4_000_000)
+assert len(got) == len(sent)
+print(sum(a != b for a, b in zip(got, sent)), flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +84,17 @@ def test_a_link_can_be_throttled(hosts: Hosts, server: None) -> None:
 def shown(hosts: Hosts, link: str) -> str:
     command = ["ip", "netns", "exec", hosts.p, "tc", "qdisc", "show", "dev", link]
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+
+
+def test_packets_are_harmed_one_by_one(hosts: Hosts) -> None:
+    """What is lost, repeated or swapped TCP puts right; a flipped bit arrives."""
+    command = ["ip", "netns", "exec", hosts.d, sys.executable, "-c", RECEIVE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        hosts.harm(flip=0.1, lose=0.01, repeat=0.02, swap=0.02)
+        send = ["ip", "netns", "exec", hosts.p, sys.executable, "-c", SEND, f"{LINKS['data']}.2"]
+        subprocess.run(send, timeout=60, check=True)
+        changed = int(process.stdout.readline())
+        harmed = hosts.harm()
+    assert min(harmed[what] for what in ("flipped", "lost", "repeated", "swapped")) > 0
+    assert 0 < changed <= harmed["flipped"]

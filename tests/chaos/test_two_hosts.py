@@ -13,15 +13,13 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.chaos.netns import LINKS, ROUTER_ADDRESS, Hosts, two_hosts
+from tests.chaos.netns import D_END, LINKS, P_END, ROUTER_ADDRESS, Hosts, two_hosts
 from tests.chaos.parts import Parts, router, running, worker
 from tests.chaos.table import Table
 from tests.chaos.traffic import References, references, traffic
 
-PORT = 8000
-P_PORT, D_PORT = 7001, 7002
+PORT, ROUTER_PORT = 7001, 8000
 SHORT_S, LONG_S = 5.0, 14.0  # below and above the life of a lease
-UCX = {"UCX_NET_DEVICES": "data"}
 
 
 @dataclass
@@ -37,15 +35,15 @@ def rig() -> Iterator[Rig]:
         pytest.skip("pages go between hosts over UCX: ucxx is not installed")
     with two_hosts() as hosts:
         on_p, on_d = (("ip", "netns", "exec", host) for host in (hosts.p, hosts.d))
-        advertised = f"{LINKS['data']}.2:{D_PORT}"
-        ucx = ("--transport", "ucx")
-        addresses = {"prefill-0": f"{LINKS['control']}.1:{P_PORT}", "decode-0": f"127.0.0.1:{D_PORT}"}
+        addresses = {"prefill-0": f"{LINKS['control']}{P_END}:{PORT}", "decode-0": f"127.0.0.1:{PORT}"}
+        ucx = ("--transport", "ucx", "--ucx-tls", "tcp", "--ucx-net-devices", "data")
+        p, d = (f"{LINKS['data']}{end}" for end in (P_END, D_END))
         parts = [
-            worker("prefill-0", "prefill", f"0.0.0.0:{P_PORT}", *ucx, prefix=on_p),
-            worker("decode-0", "decode", f"0.0.0.0:{D_PORT}", "--advertise", advertised, *ucx, prefix=on_d),
-            router(addresses, ROUTER_ADDRESS, PORT, prefix=on_d),
+            worker("prefill-0", "prefill", f"0.0.0.0:{PORT}", "--advertise", f"{p}:{PORT}", *ucx, prefix=on_p),
+            worker("decode-0", "decode", f"0.0.0.0:{PORT}", "--advertise", f"{d}:{PORT}", *ucx, prefix=on_d),
+            router(addresses, ROUTER_ADDRESS, ROUTER_PORT, prefix=on_d),
         ]
-        with running(Parts(f"http://{ROUTER_ADDRESS}:{PORT}", parts, UCX), workers=2) as cluster:
+        with running(Parts(f"http://{ROUTER_ADDRESS}:{ROUTER_PORT}", parts), workers=2) as cluster:
             yield Rig(cluster, hosts)
 
 
