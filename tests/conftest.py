@@ -1,4 +1,4 @@
-"""What all tests share: how many seeds the simulation runs; few in `make test`, SEEDS in `make simulate`."""
+"""What all tests share: how many seeds of the simulation they run. `make simulate` runs many more, by itself."""
 
 import pytest
 

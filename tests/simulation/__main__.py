@@ -39,8 +39,9 @@ async def _many(options: argparse.Namespace, kinds: list[str] | None) -> int:
     until = f"{options.seeds} seeds" if options.seeds is not None else f"{options.minutes:g} minutes"
     print(f"simulating {until} on {options.jobs} cores, first seed {first}", flush=True)
     began_s, summary, failed = time.monotonic(), Summary(), []
-    terminal = sys.stderr.isatty()
-    with tqdm(total=options.seeds, unit=" schedules", mininterval=0.2 if terminal else 15.0) as bar:
+    # Without a terminal, a line now and then.
+    style = {} if sys.stderr.isatty() else {"mininterval": 20.0, "bar_format": "{n_fmt} schedules, {rate_fmt}\n"}
+    with tqdm(total=options.seeds, unit=" schedules", **style) as bar:
         async for outcome in play_many(first, seeds=options.seeds, seconds=seconds, kinds=kinds, jobs=options.jobs):
             summary.add(outcome)
             bar.update()

@@ -29,6 +29,7 @@ from tests.simulation.router import SimRouter
 
 VOCABULARY = 997
 POISON = VOCABULARY - 1  # a prompt that begins with it kills every worker that computes it
+FORGOTTEN_S = 7.5  # a dead router's requests are: five seconds, a sweep each second, and what a step takes
 FEED_S = 0.05  # a worker that does something looks for news so often
 IDLE_FEED_S = 0.25  # and one that does nothing
 
@@ -90,6 +91,7 @@ class SimWorker:
         )
         self.worker = Worker(self.info, kind.model, cluster.limits, machine, "sim")
         self._join_peers()
+        self._watch_pages()
         tier = self.worker.tier
         tier.sweep = node.skip(tier.sweep)  # type: ignore[method-assign]
         self._tasks.append(self.worker.start())
@@ -109,6 +111,20 @@ class SimWorker:
             node.on_wake.append(lambda: receiver.tick())
             gate = ReceiverGate(receiver, node)
             receiver.start(SessionsGate(network.add_receiver(self.id.name, gate), node))  # type: ignore[arg-type]
+
+    def _watch_pages(self) -> None:
+        """No page is given out that a late byte may still hit."""
+        pool = self.worker.pool
+        allocate = pool.allocate
+
+        def watched(count: int) -> list[int] | None:
+            taken = allocate(count)
+            haunted = self.cluster.fabric.touched(self.id).intersection(taken or ())
+            if haunted:
+                self.cluster.violations.append(f"I3: {self.id} gave out {haunted}, which may still be written into")
+            return taken
+
+        pool.allocate = watched  # type: ignore[method-assign]
 
     # --- its sessions with routers -----------------------------------------------------------------------------
 
@@ -152,7 +168,7 @@ class SimWorker:
 
     async def _step(self, call: Callable[[Batch], list[RowResult]], batch: Batch) -> list[RowResult]:
         """A step takes time by its tokens; the device of a stopped worker stops with it."""
-        await asyncio.sleep(0.002 + 0.0001 * batch.tokens)
+        await asyncio.sleep(self.cluster.step_s * (1.0 + 0.05 * batch.tokens))
         await self._running()
         if any(row.start == 0 and row.ids[0] == POISON for row in batch.rows):
             self.cluster.poisoned.append(self.id)
@@ -190,9 +206,8 @@ class SimWorker:
 
     async def close(self) -> None:
         """An orderly end, for the check of what is left."""
-        if not self.dead:
-            self.node.die()
-            await self._end()
+        self.node.die()
+        await self._end()
 
     async def _end(self) -> None:
         for task in self._tasks:
@@ -257,6 +272,7 @@ class SimCluster:
         local_prefill_tokens: int = 32,
         engine: EngineKind | None = None,
         two_sided: bool = False,
+        step_s: float = 0.002,
     ) -> None:
         self.random = Random(seed)
         self.tickets = Tickets([seed.to_bytes(32, "little")])
@@ -266,11 +282,13 @@ class SimCluster:
         self.local_prefill_tokens = local_prefill_tokens
         self.network = CountedNetwork(Random(seed + 1), weather, self.sent)
         self.fabric = MemoryFabric(Random(seed + 2), mischief)
+        self.step_s = step_s
         self.parting = Parting()
         self.parting.on_heal.append(self._release)
         self.messages = 0
         self.on_message: Callable[[int], None] | None = None  # called with the number of each message
         self.poisoned: list[WorkerId] = []  # workers that a poison request has killed
+        self.violations: list[str] = []  # what was seen on the way
         self.alive: dict[str, SimWorker] = {}
         self._link_random = Random(seed + 3)
         self._two_sided = two_sided
@@ -344,11 +362,26 @@ class SimCluster:
         if router.dead:
             return
         await router.kill()
+        self.spawn(self._expect_forgotten(router))
         await asyncio.sleep(restart_s)
         self._incarnation += 1
         again = self.routers[index] = self._new_router(f"router-{index}.{self._incarnation}")
         for name in self._roles:
             again.link_to(name)
+
+    async def _expect_forgotten(self, router: SimRouter) -> None:
+        """Workers keep a router's requests for some seconds, for a reconnect, and then no longer."""
+        loop = asyncio.get_running_loop()
+        died_s = loop.time()
+        await asyncio.sleep(FORGOTTEN_S)
+        for worker in self.alive.values():
+            node = worker.node
+            undisturbed = not node.dead and not node.stopped and node.disturbed_s < died_s
+            reached = not self.parting.touched_since(worker.id.name, died_s)
+            held = [key for key, held in worker.worker.outlet._held.items() if held.router == router.name]
+            live = [key for key in held if worker.worker.outlet._held[key].ended_s is None]
+            if undisturbed and reached and live:
+                self.violations.append(f"I3: {worker.id} holds {live} for {router.name}, which is dead")
 
     def _new_router(self, name: str) -> SimRouter:
         self.all_routers.append(SimRouter(self, name, self.random.uniform(0.0, 1e5)))
@@ -408,7 +441,7 @@ class SimCluster:
     async def close(self) -> None:
         """Orderly, so that what is left afterwards is a leak."""
         for task in self._spawned:
-            task.cancel()
+            task.cancel()  # also in the middle of a crash: the worker is closed below
         await asyncio.gather(*self._spawned, return_exceptions=True)
         for router in self.routers:
             await router.kill()

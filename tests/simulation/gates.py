@@ -25,15 +25,18 @@ class Parting:
 
     def __init__(self) -> None:
         self._cut: dict[frozenset[str], int] = {}
+        self._touched_s: dict[str, float] = {}
         self._healed = asyncio.Event()
         self.on_heal: list[Callable[[], None]] = []
 
     def part(self, one: str, other: str) -> None:
         pair = frozenset((one, other))
         self._cut[pair] = self._cut.get(pair, 0) + 1
+        self._touch(pair)
 
     def heal(self, one: str, other: str) -> None:
         pair = frozenset((one, other))
+        self._touch(pair)
         self._cut[pair] -= 1
         if not self._cut[pair]:
             del self._cut[pair]
@@ -41,6 +44,14 @@ class Parting:
         self._healed = asyncio.Event()
         for call in self.on_heal:
             call()
+
+    def _touch(self, pair: frozenset[str]) -> None:
+        for name in pair:
+            self._touched_s[name] = asyncio.get_running_loop().time()
+
+    def touched_since(self, name: str, at_s: float) -> bool:
+        """Whether it is parted from anybody, or was."""
+        return any(name in pair for pair in self._cut) or self._touched_s.get(name, -1.0) >= at_s
 
     def between(self, one: str, other: str) -> bool:
         return bool(self._cut) and frozenset((one, other)) in self._cut
@@ -59,6 +70,7 @@ class Node:
         self.offset_s = clock_offset_s
         self.stopped = False
         self.dead = False
+        self.disturbed_s = -1.0  # when it was last stopped or woken
         self.on_wake: list[Callable[[], None]] = []
         self._waiting: list[Callable[[], object]] = []
         self._awake = asyncio.Event()
@@ -72,6 +84,7 @@ class Node:
     def stop(self) -> None:
         if not self.dead:
             self.stopped = True
+            self.disturbed_s = self._loop.time()
             self._awake.clear()
 
     def wake(self) -> None:
@@ -79,6 +92,7 @@ class Node:
         if self.dead or not self.stopped:
             return
         self.stopped = False
+        self.disturbed_s = self._loop.time()
         for call in self.on_wake:
             call()
         waiting, self._waiting = self._waiting, []

@@ -169,6 +169,7 @@ class Schedule:
             pages=120 if alone else rng.choice([48, 120]),
             mischief=Mischief(),
             two_sided=rng.random() < 0.5,
+            step_s=rng.choice([0.002, 0.002, 0.02, 0.2]),
         )
         await cluster.start()
         if not alone and rng.random() < 0.3:
@@ -291,6 +292,7 @@ class Schedule:
             self._violated("I3", f"after {asyncio.get_running_loop().time() - began_s:.0f} s: {leak}")
 
     def _judge(self) -> None:
+        self.outcome.violations += self.cluster.violations
         for client in self._clients:
             client.count()
             self._check_cached(client)
