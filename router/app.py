@@ -26,9 +26,10 @@ from router.limits import Limits, ServedModel
 from router.metrics import RouterMetrics
 from router.openai_chat import ChatShape
 from router.openai_completions import CompletionShape
+from router.path_survey import PathSurvey
 from router.prompts import Prompts
 from router.reply import Shape, json_text
-from router.service_routes import Models, Operations, Tokens
+from router.service_routes import Models, Operations, Paths, Tokens
 from router.tokenizer import ModelTokenizer
 from router.validation import Fields, parse_object
 
@@ -44,6 +45,10 @@ async def no_workers() -> Sequence[str]:
     return ()
 
 
+def nobody_surveyed() -> PathSurvey:
+    return PathSurvey(tuple)
+
+
 @dataclass(frozen=True, slots=True)
 class Front:
     """What the HTTP front is given. `health` raises a BatonError when the service cannot answer."""
@@ -55,6 +60,7 @@ class Front:
     limits: Limits = field(default_factory=Limits)
     health: Callable[[], Awaitable[None]] = always_healthy
     worker_metrics: Callable[[], Awaitable[Sequence[str]]] = no_workers
+    survey: PathSurvey = field(default_factory=nobody_surveyed)
     version: str = "0"
     clock: Clock = monotonic_s
     wall_clock: Callable[[], float] = time.time
@@ -137,6 +143,7 @@ def _generating_routes(handler: Handler) -> list[Route]:
 def _service_routes(front: Front, prompts: Prompts) -> list[Route]:
     models = Models(front.model)
     operations = Operations(front.health, front.worker_metrics, front.metrics, front.version, front.limits)
+    paths = Paths(front.survey)
     tokens = Tokens(front.model, front.limits, prompts)
     tokenize = JsonEndpoint(tokens.tokenize, front.limits, front.clock)
     detokenize = JsonEndpoint(tokens.detokenize, front.limits, front.clock)
@@ -146,6 +153,8 @@ def _service_routes(front: Front, prompts: Prompts) -> list[Route]:
         Route("/health", operations.get_health),
         Route("/metrics", operations.get_metrics),
         Route("/version", operations.get_version),
+        Route("/paths", paths.get_known),
+        Route("/paths/probe", paths.probe, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
     ]

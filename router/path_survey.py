@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -35,18 +35,27 @@ class PathLink(Protocol):
 Member = tuple[WorkerInfo, PathLink]
 
 
-class PathSurvey:
-    """`members`: the workers that are up now."""
+@dataclass(frozen=True, slots=True)
+class PathReply:
+    """What a survey found."""
 
-    def __init__(self, members: Callable[[], Sequence[Member]]) -> None:
+    pairs: tuple[PairPath, ...] = ()
+    missing: tuple[str, ...] = ()  # workers that are known by name and do not answer
+
+
+class PathSurvey:
+    """`members`: the workers that are up now. `names`: all that there should be."""
+
+    def __init__(self, members: Callable[[], Sequence[Member]], names: Sequence[str] = ()) -> None:
         self._members = members
+        self._names = names
         self._probing = asyncio.Lock()
 
-    async def known(self) -> list[PairPath]:
+    async def known(self) -> PathReply:
         """As the workers last proved them, without disturbing anybody."""
-        return [row for prefill, decode in self._pairs() for row in await self._rows(prefill, decode)]
+        return await self._ask_all(self._rows)
 
-    async def probed(self) -> list[PairPath]:
+    async def probed(self) -> PathReply:
         """Each path proved now, one after the other, so that they do not measure each other.
 
         Raises QueueFull while another caller's probe runs.
@@ -54,12 +63,15 @@ class PathSurvey:
         if self._probing.locked():
             raise QueueFull("the paths are being probed already", retry_after_s=1.0)
         async with self._probing:
-            return [row for prefill, decode in self._pairs() for row in await self._probe(prefill, decode)]
+            return await self._ask_all(self._probe)
 
-    def _pairs(self) -> list[tuple[Member, Member]]:
+    async def _ask_all(self, ask: Callable[[Member, Member], Awaitable[list[PairPath]]]) -> PathReply:
         members = sorted(self._members(), key=lambda member: member[0].worker.name)
         by_role = {role: [member for member in members if member[0].role is role] for role in Role}
-        return [(prefill, decode) for prefill in by_role[Role.PREFILL] for decode in by_role[Role.DECODE]]
+        pairs = [(prefill, decode) for prefill in by_role[Role.PREFILL] for decode in by_role[Role.DECODE]]
+        rows = [row for prefill, decode in pairs for row in await ask(prefill, decode)]
+        there = {info.worker.name for info, _ in members}
+        return PathReply(tuple(rows), tuple(name for name in self._names if name not in there))
 
     async def _probe(self, prefill: Member, decode: Member) -> list[PairPath]:
         """The prefill worker is the one that dials, so it is asked first."""

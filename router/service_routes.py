@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,6 +16,7 @@ from router.limits import Limits, ServedModel
 from router.metrics import RouterMetrics
 from router.model_names import check_model
 from router.openai_chat import conversation
+from router.path_survey import PathSurvey
 from router.prompts import Prompts
 from router.reply import json_text
 from router.sampling_fields import refuse_unsupported
@@ -84,6 +85,19 @@ class Operations:
 
     async def get_version(self, _: Request) -> Response:
         return json_response({"version": self.version})
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """GET /paths: how pages come from worker to worker. POST /paths/probe: the same, each path proved first."""
+
+    survey: PathSurvey
+
+    async def get_known(self, _: Request) -> Response:
+        return json_response(asdict(await self.survey.known()))
+
+    async def probe(self, _: Request) -> Response:
+        return json_response(asdict(await self.survey.probed()))
 
 
 @dataclass(frozen=True, slots=True)

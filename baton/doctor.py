@@ -1,0 +1,130 @@
+"""`baton doctor`: has a running cluster prove every path between its workers, shows them, and says what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import aiohttp
+
+from baton import endpoint
+from baton.doctor_judgement import Finding, judge
+from core.clock import monotonic_s
+from core.errors import ConfigError
+from kvtransfer.chores import Chores
+from router.client import WorkerClient
+from router.path_survey import Member, PairPath, PathReply, PathSurvey
+from router.workers import Workers
+
+CONNECT_S = 10.0
+PROBE_S = 600.0  # of a whole cluster, path after path
+
+EXPLAINED = """\
+`baton doctor transport` has every prefill worker reach every decode worker, fetch a test page both ways, check
+its bytes, and measure. A server that is under load may go on serving meanwhile: some MiB move per path.
+
+  baton doctor transport                                        a `baton serve` on this machine
+  baton doctor transport --url http://router:8000 --json        through any router
+  baton doctor transport --workers p=10.0.0.1:7001,d=10.0.0.2:7001
+                                                                without a router
+"""
+EPILOG = """\
+FROM has the pages, TO fetches them; most pages go from prefill to decode workers. Exit code: 0 when all is well,
+1 when something is wrong, 2 when a flag is."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = EXPLAINED, EPILOG
+    parser.add_argument("what", choices=("transport",), help="what to look at: the paths between workers")
+    parser.add_argument("--url", default="http://localhost:8000", help="address of a router (http://localhost:8000)")
+    parser.add_argument("--workers", default="", help="name=address of each worker, separated by commas: no router")
+    parser.add_argument("--api-key", help="bearer token, if the router asks for one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: pairs, missing, findings")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0, or 1 when something is wrong. Raises ConfigError."""
+    reply = asyncio.run(_ask_workers(args.workers) if args.workers else _ask_router(args))
+    findings = judge(reply)
+    if args.json:
+        print(json.dumps({**asdict(reply), "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        print("\n".join([*table(reply.pairs), *said(findings)]))
+    return int(any(finding.wrong for finding in findings))
+
+
+async def _ask_router(args: argparse.Namespace) -> PathReply:
+    """Raises ConfigError when there is no router, or one that cannot do this."""
+    router = endpoint.from_args(args)
+    try:
+        async with (
+            endpoint.open_session(router, idle_s=PROBE_S) as session,
+            session.post(f"{router.base_url}/paths/probe") as response,
+        ):
+            body = await response.read()
+            if response.status != 200:
+                raise ConfigError(f"{router.base_url} answers {response.status}: {endpoint.error_message(body)}")
+    except (aiohttp.ClientError, TimeoutError) as error:
+        reason = endpoint.error_text(error)
+        raise ConfigError(f"no server at {router.base_url}: {reason}; see --url and --workers") from error
+    try:
+        found = json.loads(body)
+        return PathReply(tuple(PairPath(**pair) for pair in found["pairs"]), tuple(found["missing"]))
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"{router.base_url} does not tell paths: is it a Baton router?") from error
+
+
+async def _ask_workers(listed: str) -> PathReply:
+    """As a router would, without being one. Raises ConfigError."""
+    try:
+        endpoints = dict(part.split("=", 1) for part in listed.split(","))
+    except ValueError:
+        raise ConfigError(f"--workers must be name=address,..., got {listed!r}") from None
+    workers, name = Workers(monotonic_s), f"doctor-{secrets.token_hex(4)}"
+    clients = {who: WorkerClient(where, name, workers, monotonic_s) for who, where in endpoints.items()}
+
+    def members() -> list[Member]:
+        return [(info, clients[info.worker.name]) for info, _ in workers.infos() if info.worker.name in clients]
+
+    chores = Chores()
+    for who, client in clients.items():
+        chores.spawn(client.run(), f"session with {who}")
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            while len(members()) < len(clients):
+                await workers.changed()
+    except TimeoutError:
+        pass  # they are said to be missing
+    try:
+        return await PathSurvey(members, tuple(clients)).probed()
+    finally:
+        await chores.stop()
+
+
+def table(rows: Sequence[PairPath]) -> list[str]:
+    """One line for each path."""
+    head = ("FROM", "TO", "PATH", "BANDWIDTH", "PAGE", "LANES")
+    cells = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def _cells(row: PairPath) -> tuple[str, str, str, str, str, str]:
+    if not row.transport:
+        return row.source, row.receiver, "none" if row.trouble or row.needed else "unused", "-", "-", "-"
+    rate, latency = f"{row.bytes_per_s / 1e9:.2f} GB/s", f"{row.latency_s * 1e6:.0f} us"
+    return row.source, row.receiver, row.transport, rate, latency, row.lanes or "-"
+
+
+def said(findings: Sequence[Finding]) -> list[str]:
+    """What is wrong, then hints; each with what to do next."""
+    lines = []
+    for finding in findings:
+        where = f"{', '.join(finding.where)}: " if finding.where else ""
+        lines += ["", f"{'WRONG' if finding.wrong else 'hint'}  {where}{finding.what}", f"       {finding.advice}"]
+    return lines or ["", "every path is as it should be"]
