@@ -19,6 +19,7 @@ from kvtransfer.digest import XXH3_64, algorithm
 from kvtransfer.frames import Frames
 from kvtransfer.memory import CALM, MemoryFabric, MemoryTransport, Mischief
 from kvtransfer.session_memory import MemoryNetwork, Weather
+from router.choose import Terms
 from router.generation import GenerationRequest, Step
 from router.saga import Saga
 from router.workers import Workers
@@ -273,13 +274,14 @@ class SimCluster:
         engine: EngineKind | None = None,
         two_sided: bool = False,
         step_s: float = 0.002,
+        terms: Terms | None = None,
     ) -> None:
         self.random = Random(seed)
         self.tickets = Tickets([seed.to_bytes(32, "little")])
         self.pages = pages
         self.engine = engine or HASH_CHAIN
         self.limits = limits or Limits(step_tokens=64)
-        self.local_prefill_tokens = local_prefill_tokens
+        self.terms = terms or Terms(local_prefill_tokens=local_prefill_tokens)
         self.network = CountedNetwork(Random(seed + 1), weather, self.sent)
         self.fabric = MemoryFabric(Random(seed + 2), mischief)
         self.step_s = step_s

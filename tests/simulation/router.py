@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import WorkerLost
 from core.messages import Cancel, Lend, Submit, TokenBatch, WorkerId
-from router.choose import Terms
 from router.client import SessionTimes
 from router.generation import GenerationRequest, Step
 from router.saga import NoCounters, Saga
@@ -56,7 +55,7 @@ class SimRouter:
         self._loop = asyncio.get_running_loop()
         self.workers = Workers(self.clock)
         self.counts = Attempts()
-        threshold = Threshold(Terms(local_prefill_tokens=cluster.local_prefill_tokens))
+        threshold = Threshold(cluster.terms)
         self.saga = Saga(
             self.workers, self.clock, threshold, placement_wait_s=8.0, counters=self.counts, tickets=cluster.tickets
         )

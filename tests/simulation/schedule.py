@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -20,6 +20,7 @@ from core.messages import Receipt
 from core.sampling import SamplingParams
 from engine.hashchain import reference_tokens
 from kvtransfer.memory import Mischief
+from router.choose import Terms
 from router.generation import GenerationRequest, Step
 from router.retries import RetryBudget
 from tests.simulation.cluster import POISON, VOCABULARY, SimCluster
@@ -31,6 +32,7 @@ CLEAR = frozenset({"no_capacity", "deadline_exceeded", "poison_request"})  # wha
 QUIET_S = 60.0  # by then nothing is held any more
 LATE_S = 0.5  # past a deadline
 TENANTS = (b"a", b"b")
+EAGER = Terms(local_prefill_tokens=32, lend_tokens=16, loan_s=0.0)  # history is borrowed wherever it can be
 LOOK_S = 0.2  # how often the books are read while it runs
 
 
@@ -170,6 +172,7 @@ class Schedule:
             mischief=Mischief(),
             two_sided=rng.random() < 0.5,
             step_s=rng.choice([0.002, 0.002, 0.02, 0.2]),
+            terms=rng.choice([Terms(local_prefill_tokens=32), EAGER]),
         )
         await cluster.start()
         if not alone and rng.random() < 0.3:
@@ -195,9 +198,11 @@ class Schedule:
         rng = self.rng
         request = self._request(number)
         await asyncio.sleep(rng.uniform(0.0, 0.8))
-        await self._serve(request, rng.randrange(2))
+        client = await self._serve(request, rng.randrange(2))
+        if client.ends == ["right"] and rng.random() < 0.4:
+            await self._serve(self._second_turn(client), rng.randrange(2))
 
-    async def _serve(self, request: GenerationRequest, index: int) -> None:
+    async def _serve(self, request: GenerationRequest, index: int) -> Client:
         while (router := self.cluster.routers[index]).dead:
             index = 1 - index
             if self.cluster.routers[index].dead:
@@ -210,6 +215,13 @@ class Schedule:
         router.clients.discard(task)
         if task.cancelled():  # before its first step
             client.ends.append("left")
+        return client
+
+    def _second_turn(self, first: Client) -> GenerationRequest:
+        """The conversation goes on: a decode worker has its history."""
+        more = [self.rng.randrange(POISON) for _ in range(self.rng.choice([3, 20]))]
+        prompt = (*first.request.prompt_ids, *first.wanted[0], *more)
+        return replace(first.request, request_id=f"{first.request.request_id}b", prompt_ids=prompt)
 
     def _request(self, number: int) -> GenerationRequest:
         rng = self.rng
@@ -316,7 +328,7 @@ class Schedule:
         others = [c for c in self._clients if c is not client and c.request.salt == request.salt]
         longest = max((_common(request.prompt_ids, c) for c in others), default=0)
         for receipt in client.receipts:
-            cached = receipt.cached_prefill_tokens + receipt.cached_decode_tokens
+            cached = receipt.cached_prefill_tokens + receipt.cached_decode_tokens + receipt.fetched_tokens
             if cached > longest:
                 self._violated("I5", f"{request.request_id}: {cached} tokens were cached, its tenant has {longest}")
 

@@ -103,6 +103,31 @@ def test_choices_share_a_prompt_and_give_what_each_gives_alone(real: EngineKind,
     assert any(tokens[1] != tokens[2] for tokens in together), "seeded choices differ"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_history_that_was_lent_gives_the_same_tokens(temperature: float, real: EngineKind) -> None:
+    """Three turns, of which the later ones are computed over pages that decode has lent; and by one worker alone."""
+
+    async def talk(lends: bool, **shape: object) -> list[Tokens]:
+        cluster = SimCluster(5, engine=real, local_prefill_tokens=0, **shape)  # type: ignore[arg-type]
+        await cluster.start()
+        prompt, said, fetched = prompt_of(300, real.model.vocabulary), [], 0
+        for number in range(3):
+            steps = await cluster.generate(request_of(f"turn {number}", prompt, params_of(temperature)))
+            said.append(tokens_of(steps))
+            fetched += sum(step.receipt.fetched_tokens for step in steps if step.receipt)
+            prompt = [*prompt, *said[-1][0], *prompt_of(100 + number, real.model.vocabulary)]
+            if lends:
+                await cluster.crash("prefill-0", 0.0)  # it forgets; decode does not
+            await asyncio.sleep(1.0)
+        assert (fetched > 500) == lends, fetched
+        assert await cluster.quiesce() == []
+        await cluster.close()
+        return said
+
+    lent = run(talk(True, prefill=1, decode=1, mischief=Mischief(corrupt=0.02, stale=0.02)))
+    assert lent == run(talk(False, prefill=0, decode=0, aggregated=1))
+
+
 @pytest.mark.parametrize("after", [1, 9, 20])
 def test_a_replay_after_the_death_of_decode_gives_the_same_tokens(
     after: int, real: EngineKind, plain: list[Tokens]
