@@ -38,6 +38,11 @@ class WorkerOptions:
     on_fallback: str = option(
         "warn", help="a pair that cannot use what is expected: warn and go on, or refuse it", choices=("warn", "error")
     )
+    digest: str = option(
+        "xxh3-64",
+        help="of pages that move: xxh3-64 against accidents; blake3, with a key, against a hostile network",
+        choices=("xxh3-64", "blake3"),
+    )
     dtype: str = option("auto", help="type of weights and KV", choices=("auto", "float32", "bfloat16", "float16"))
     page_size: int = option(16, help="tokens per page, a multiple of 16")
     pages: int = option(0, help="pages of the pool; 0: as kv-bytes allows")
@@ -51,6 +56,11 @@ class WorkerOptions:
     prefill_share: float = option(0.5, help="of the cores, left to a prefill on this machine that has waited")
     prefill_patience_s: float = option(0.5, help="how long such a prefill waits before that")
     served_name: str = option("", help="name of the model in metrics")
+    ticket_key_file: str = option("", help="file with the key of routers' tickets; the same for every service")
+    insecure: bool = option(False, help="serve without tickets: only where nobody else can reach the ports")
+    tls_cert: str = option("", help="certificate of this service (PEM); with it, all connections are mutual TLS")
+    tls_key: str = option("", help="its private key (PEM)")
+    tls_ca: str = option("", help="certificate of who signs those of all services (PEM)")
     report_fd: int = option(-1, help="file descriptor for reports to the launcher")
     lifeline_fd: int = option(-1, help="file descriptor whose end of file ends the process")
 
@@ -71,6 +81,11 @@ class RouterOptions:
         choices=("auto", "off"),
     )
     placement_wait_s: float = option(15.0, help="how long a request waits for workers that can take it")
+    ticket_key_file: str = option("", help="file with the key of routers' tickets; the same for every service")
+    insecure: bool = option(False, help="serve without tickets: only where nobody else can reach the ports")
+    tls_cert: str = option("", help="certificate of this service (PEM); with it, all connections are mutual TLS")
+    tls_key: str = option("", help="its private key (PEM)")
+    tls_ca: str = option("", help="certificate of who signs those of all services (PEM)")
     report_fd: int = option(-1, help="file descriptor for reports to the launcher")
     lifeline_fd: int = option(-1, help="file descriptor whose end of file ends the process")
 
@@ -78,6 +93,9 @@ class RouterOptions:
 def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
     """One flag per field."""
     for item in fields(options):
+        if item.type == "bool":
+            parser.add_argument(_flag(item.name), action="store_true", help=item.metadata["help"])
+            continue
         parser.add_argument(
             _flag(item.name),
             type={"int": int, "float": float}.get(str(item.type), str),
@@ -94,7 +112,8 @@ def from_args(options: type[T], args: argparse.Namespace) -> T:
 
 def to_flags(options: WorkerOptions | RouterOptions) -> list[str]:
     """The flags that make these options."""
-    return [f"{_flag(item.name)}={getattr(options, item.name)}" for item in fields(options)]
+    values = {_flag(item.name): getattr(options, item.name) for item in fields(options)}
+    return [flag if value is True else f"{flag}={value}" for flag, value in values.items() if value is not False]
 
 
 def _flag(name: str) -> str:

@@ -17,6 +17,7 @@ import uvloop
 
 import baton
 from baton import lifeline
+from baton.credentials import keys_of, tickets_of, tls_of
 from baton.logs import set_up_logs
 from baton.model_facts import served_model
 from baton.options import RouterOptions, add_options, from_args
@@ -25,11 +26,13 @@ from baton.reports import Report, reporter
 from core.clock import monotonic_s
 from core.errors import NoCapacity, StartupError
 from core.messages import Role
+from core.security.channels import Channels
 from kvtransfer.chores import Chores
 from router.app import Front, build_app
 from router.choose import Terms
 from router.client import WorkerClient
 from router.metrics import RouterMetrics
+from router.path_survey import Member, PathSurvey
 from router.saga import Saga
 from router.server import http_server
 from router.threshold import Threshold
@@ -66,12 +69,16 @@ class RouterProcess:
     """Composes the router and runs it until SIGTERM or SIGINT."""
 
     def __init__(self, options: RouterOptions) -> None:
+        """Raises ConfigError."""
         self._options = options
         self._workers = Workers(monotonic_s)
         router = f"{options.name}-{secrets.token_hex(8)}"
         endpoints = dict(part.split("=", 1) for part in options.workers.split(","))
+        self._tickets = tickets_of(keys_of(options))
+        channels = Channels(tls_of(options))
         self._clients = {
-            name: WorkerClient(endpoint, router, self._workers, monotonic_s) for name, endpoint in endpoints.items()
+            name: WorkerClient(endpoint, router, self._workers, monotonic_s, channels=channels)
+            for name, endpoint in endpoints.items()
         }
 
     async def serve(self, ready: Callable[[], None]) -> None:
@@ -87,6 +94,7 @@ class RouterProcess:
             self._threshold(),
             placement_wait_s=self._options.placement_wait_s,
             counters=metrics,
+            tickets=self._tickets,
         )
         front = Front(
             model=model,
@@ -95,6 +103,7 @@ class RouterProcess:
             metrics=metrics,
             health=self._health,
             worker_metrics=self._worker_metrics,
+            survey=PathSurvey(self._members, tuple(self._clients)),
             version=baton.__version__,
         )
         chores = Chores()
@@ -129,6 +138,10 @@ class RouterProcess:
         roles = {info.role for info, _ in self._workers.infos() if info.worker.name in alive}
         if Role.AGGREGATED not in roles and not {Role.PREFILL, Role.DECODE} <= roles:
             raise NoCapacity("no engine of some role answers", retry_after_s=1.0)
+
+    def _members(self) -> list[Member]:
+        up = [info for info, _ in self._workers.infos() if info.worker.name in self._clients]
+        return [(info, self._clients[info.worker.name]) for info in up]
 
     async def _worker_metrics(self) -> Sequence[str]:
         pages = await asyncio.gather(*(client.metrics() for client in self._clients.values()))

@@ -16,6 +16,7 @@ import setproctitle
 
 from baton.checkpoint import locate
 from baton.children import Child, Hooks
+from baton.credentials import DIGESTS, tls_in, write_key
 from baton.loading import LoadingBar
 from baton.model_facts import context_tokens
 from baton.options import RouterOptions, WorkerOptions, to_flags
@@ -23,6 +24,7 @@ from baton.ports import bind
 from baton.reports import Report
 from core.clock import monotonic_s
 from core.errors import ConfigError
+from core.security.tls import ROUTER
 from engine.config import ModelConfig, read_config
 
 STOP_S = 3.5  # from SIGTERM to SIGKILL of the children
@@ -57,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prefill workers fetch a conversation's history from decode workers, where that is quicker than computing",
     )
     add("--prefill-share", type=float, default=0.5, help="of shared cores, for a prefill that has waited 500 ms")
+    add("--digest", default="xxh3-64", choices=DIGESTS, help="of pages that move; blake3 is keyed, against forgers")
+    add("--tls", default="", metavar="DIR", help="mutual TLS, with ca.crt and ROLE.crt, ROLE.key of each role in there")
+    add(
+        "--transport",
+        default="shm",
+        choices=("shm", "ucx", "auto"),
+        help="how pages move between the workers; on one machine shared memory is the fastest",
+    )
     add("--threads", type=int, default=0, help="compute threads of each worker; 0: one per core")
 
 
@@ -105,6 +115,7 @@ class Launcher:
         self._folder = folder
         self._bar = LoadingBar(args.prefill + args.decode)
         self._state = _State(asyncio.Event(), asyncio.Event())
+        self._key_file = write_key(folder)
         hooks = Hooks(self._on_report, _print_log, self._on_exit)
         workers = self._workers()
         env = _child_env()
@@ -141,7 +152,7 @@ class Launcher:
         return prefills + [self._worker(f"decode-{i}", "decode") for i in range(args.decode)]
 
     def _worker(self, name: str, role: str) -> WorkerOptions:
-        args = self._args
+        args, tls = self._args, tls_in(self._args.tls, role)
         return WorkerOptions(
             name=name,
             role=role,
@@ -155,13 +166,19 @@ class Launcher:
             step_tokens=args.step_tokens,
             local_prefill=128 if args.local_prefill == "auto" else int(args.local_prefill),
             threads=args.threads,
+            transport=args.transport,
             nice=PREFILL_NICE if role == "prefill" else 0,
             prefill_share=args.prefill_share,
             served_name=args.served_model_name or self._checkpoint.name,
+            digest=args.digest,
+            ticket_key_file=str(self._key_file),
+            tls_cert=tls.certificate,
+            tls_key=tls.key,
+            tls_ca=tls.authority,
         )
 
     def _router(self, workers: list[WorkerOptions]) -> RouterOptions:
-        args = self._args
+        args, tls = self._args, tls_in(self._args.tls, ROUTER)
         return RouterOptions(
             model=str(self._checkpoint),
             workers=",".join(f"{w.name}={w.listen}" for w in workers),
@@ -170,6 +187,10 @@ class Launcher:
             served_name=args.served_model_name or self._checkpoint.name,
             max_context=context_tokens(self._config.max_positions, args.max_context),
             local_prefill=args.local_prefill,
+            ticket_key_file=str(self._key_file),
+            tls_cert=tls.certificate,
+            tls_key=tls.key,
+            tls_ca=tls.authority,
             lend=args.lend,
         )
 

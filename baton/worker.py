@@ -24,6 +24,7 @@ import uvloop
 
 from baton import lifeline
 from baton.composition import Limits, Machine, Model, Worker
+from baton.credentials import digest_of, keys_of, tickets_of, tls_of
 from baton.loaded_model import LoadedModel, PoolWish, load
 from baton.logs import set_up_logs
 from baton.options import WorkerOptions, add_options, from_args
@@ -33,8 +34,8 @@ from baton.worker_server import Listener, WorkerServer, check_address
 from core.clock import monotonic_s
 from core.errors import StartupError
 from core.messages import Role, WorkerId, WorkerInfo
+from core.security.channels import Channels
 from engine.torch_executor import TorchExecutor
-from kvtransfer.digest import XXH3_64, algorithm
 from kvtransfer.frames import Frames
 from kvtransfer.paths import Paths
 
@@ -69,10 +70,15 @@ class WorkerProcess:
     """Composes a worker over torch and shared memory, and runs it until SIGTERM or SIGINT."""
 
     def __init__(self, options: WorkerOptions, report: Callable[[Report], None]) -> None:
+        """Raises ConfigError."""
         self._options = options
         self._report = report
         self._compute = ThreadPoolExecutor(1, "compute", initializer=_lower_priority, initargs=(options.nice,))
         self._stopping = asyncio.Event()
+        self._keys = keys_of(options)
+        self._digest = digest_of(options.digest, self._keys)
+        self._tls = tls_of(options)
+        self._channels = Channels(self._tls)
 
     async def serve(self) -> int:
         """The exit code: 1 when the engine's loop has ended by an error of ours. Raises StartupError."""
@@ -88,11 +94,11 @@ class WorkerProcess:
         if not loading.done():
             os._exit(0)  # told to stop while it loads: nothing is held yet, and a read cannot be interrupted
         loaded, frames = loading.result()
-        await paths.serve(frames, algorithm(XXH3_64))
-        listener = Listener(self._options.listen)
+        await paths.serve(frames, self._digest.of)
+        listener = Listener(self._options.listen, self._tls)
         worker = self._compose(loaded, frames, paths, self._options.advertise or listener.address)
         try:
-            return await self._run(worker, WorkerServer(worker, paths, listener), listener.address)
+            return await self._run(worker, WorkerServer(worker, paths, listener, self._channels), listener.address)
         finally:
             await worker.stop()
             await paths.close()
@@ -127,6 +133,8 @@ class WorkerProcess:
             random=Random(secrets.randbits(64)),
             run_blocking=self._run_blocking,
             offload=asyncio.to_thread,
+            digest=self._digest,
+            tickets=tickets_of(self._keys),
         )
         info = WorkerInfo(
             worker=WorkerId(o.name, secrets.randbits(63)),

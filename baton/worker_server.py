@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import grpc.aio
-
 from baton.composition import Worker
+from baton.credentials import KEY_FILE
 from baton.path_probe import PathProbe
 from baton.ports import WILDCARDS, bind, split_address
 from core.clock import monotonic_s
 from core.errors import ConfigError, PortInUse
+from core.security.channels import Channels, add_port, make_server
+from core.security.tls import TlsFiles
 from kvtransfer.client import HandoffDialer
 from kvtransfer.paths import Paths
 from kvtransfer.server import add_handoff_service
@@ -36,11 +37,11 @@ def check_address(listen: str, advertise: str) -> None:
 class Listener:
     """A server that has its address and does not serve yet: peers are told the address before it does."""
 
-    def __init__(self, listen: str) -> None:
+    def __init__(self, listen: str, tls: TlsFiles | None = None) -> None:
         """Raises PortInUse. `listen` as gRPC writes it; port 0 is whatever is free."""
-        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        self.server = make_server(SERVER_OPTIONS, tls)
         try:
-            port = self.server.add_insecure_port(listen)
+            port = add_port(self.server, listen, tls)
         except RuntimeError as error:
             raise PortInUse(f"cannot listen on {listen}: {error}") from error
         self.address = listen if listen.startswith(UNIX) else f"{listen.rpartition(':')[0]}:{port}"
@@ -54,7 +55,7 @@ class Listener:
 class WorkerServer:
     """Everything that comes to one worker and goes from it, over the listener's server."""
 
-    def __init__(self, worker: Worker, paths: Paths, listener: Listener) -> None:
+    def __init__(self, worker: Worker, paths: Paths, listener: Listener, channels: Channels) -> None:
         self._worker = worker
         self._paths = paths
         self._listener = listener
@@ -62,7 +63,7 @@ class WorkerServer:
         self.desk = Desk(worker.tier, worker.outlet)
         self._dialer = self._sessions = None
         if worker.source is not None:
-            self._dialer = HandoffDialer(worker.source, worker.machine.random)
+            self._dialer = HandoffDialer(worker.source, worker.machine.random, channels)
             worker.source.start(self._dialer)
         if worker.receiver is not None:
             self._sessions = add_handoff_service(self._server, worker.receiver)
@@ -93,9 +94,11 @@ class WorkerServer:
 
 
 def _tidy(path: Path) -> None:
-    """Whoever leaves last takes the launcher's folder along: the launcher may have been killed."""
+    """Whoever leaves last takes the launcher's folder along, and the key in it: the launcher may have been killed."""
     path.unlink(missing_ok=True)
     try:
+        if [found.name for found in path.parent.iterdir()] == [KEY_FILE]:
+            (path.parent / KEY_FILE).unlink(missing_ok=True)
         path.parent.rmdir()
     except OSError:
         pass  # somebody else's socket is there yet

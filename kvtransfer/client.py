@@ -19,6 +19,7 @@ import grpc.aio
 from core.errors import FingerprintMismatch, HandoffError, PeerLost
 from core.layout import HASH_UNIT_TOKENS, ITEM_BYTES, PageLayout
 from core.messages import FinishReason, Peer, Receipt, Token, WorkerId
+from core.security.channels import Channels
 from kvtransfer import messages as m
 from kvtransfer.chores import Chores
 from kvtransfer.fingerprint import Fingerprint
@@ -61,7 +62,9 @@ Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.ToReceiver, pb.ToSource]"
 class HandoffDialer:
     """The sessions of one source. What it is made for goes to `source.start(dialer)`."""
 
-    def __init__(self, source: HandoffSource, random: Random) -> None:
+    def __init__(self, source: HandoffSource, random: Random, channels: Channels | None = None) -> None:
+        """`channels` None: plain ones."""
+        self._channels = channels or Channels()
         self._source = source
         self._random = random
         self._lines: dict[WorkerId, Line] = {}  # of the session that is up, or will be
@@ -99,19 +102,19 @@ class HandoffDialer:
         """One session after another."""
         first_s, longest_s = PAUSE_S
         pause_s = first_s
-        async with grpc.aio.insecure_channel(peer.endpoint, options=OPTIONS) as channel:
-            while not hung_up.is_set():
-                try:
+        while not hung_up.is_set():
+            try:
+                async with self._channels.open(peer.endpoint, OPTIONS) as channel:
                     if await self._session(peer, handoff_pb2_grpc.HandoffStub(channel)):
                         pause_s = first_s
-                except HandoffError as error:
-                    self._hung_up.pop(peer.worker, None)
-                    self._source.peer_gone(peer.worker, error)
-                    return
-                try:
-                    await asyncio.wait_for(hung_up.wait(), pause_s * self._random.uniform(0.5, 1.0))
-                except TimeoutError:
-                    pause_s = min(2 * pause_s, longest_s)
+            except HandoffError as error:
+                self._hung_up.pop(peer.worker, None)
+                self._source.peer_gone(peer.worker, error)
+                return
+            try:
+                await asyncio.wait_for(hung_up.wait(), pause_s * self._random.uniform(0.5, 1.0))
+            except TimeoutError:
+                pause_s = min(2 * pause_s, longest_s)
 
     async def _session(self, peer: Peer, stub: handoff_pb2_grpc.HandoffAsyncStub) -> bool:
         """One session from Open to its break; whether it was up. Raises when there can be none with this peer."""

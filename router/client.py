@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import grpc
@@ -20,24 +20,27 @@ from core.clock import Clock
 from core.errors import EngineError, WorkerLost
 from core.messages import (
     Cancel,
-    FinishReason,
     Lend,
-    Load,
     PagesChanged,
     PathReport,
     Peer,
-    Receipt,
-    RequestFailed,
-    Role,
     Submit,
-    Token,
     TokenBatch,
-    Tokens,
     WorkerId,
     WorkerInfo,
 )
-from core.sampling import SamplingParams
+from core.security.channels import Channels
 from core.wire_version import MAJOR, MINOR
+from router.coding import (
+    decode_failed,
+    decode_info,
+    decode_load,
+    decode_path,
+    decode_tokens,
+    encode_lend,
+    encode_submit,
+    encode_worker,
+)
 from router.workers import Workers
 from wire import session_pb2 as pb
 from wire import session_pb2_grpc
@@ -55,11 +58,8 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 17 << 20),
     ("grpc.use_local_subchannel_pool", 1),
 )
-_RECEIPT = tuple(field.name for field in fields(Receipt))
-SAMPLING_FIELDS = tuple(field.name for field in pb.Sampling.DESCRIPTOR.fields)
+WHY_S = 0.2  # to hear why a channel does not become ready
 PROBE_S = 20.0  # a worker needs some seconds to find that a peer cannot be reached, and for each path to it
-_ROLES = {pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE, pb.ROLE_AGGREGATED: Role.AGGREGATED}
-_FINISHES = {pb.FINISH_STOP: FinishReason.STOP, pb.FINISH_LENGTH: FinishReason.LENGTH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,17 @@ class WorkerClient:
     """A router.workers.Link. `run` keeps the session until it is cancelled."""
 
     def __init__(
-        self, endpoint: str, router: str, workers: Workers, clock: Clock, times: SessionTimes | None = None
+        self,
+        endpoint: str,
+        router: str,
+        workers: Workers,
+        clock: Clock,
+        times: SessionTimes | None = None,
+        channels: Channels | None = None,
     ) -> None:
+        """`channels` None: plain ones."""
+        self._channels = channels or Channels()
+        self._trouble = ""  # why there is no session, as last said
         self._endpoint = endpoint
         self._router = router
         self._workers = workers
@@ -91,7 +100,7 @@ class WorkerClient:
     # --- the link ----------------------------------------------------------------------------------------------
 
     def submit(self, submit: Submit) -> None:
-        self._put(pb.ToWorker(submit=_encode_submit(submit)))
+        self._put(pb.ToWorker(submit=encode_submit(submit)))
 
     def cancel(self, cancel: Cancel) -> None:
         try:
@@ -104,7 +113,7 @@ class WorkerClient:
             log.info("cancel of %s not sent: the session is broken", cancel.request_id)
 
     def lend(self, lend: Lend) -> None:
-        self._put(pb.ToWorker(lend=_encode_lend(lend)))
+        self._put(pb.ToWorker(lend=encode_lend(lend)))
 
     def _put(self, message: pb.ToWorker) -> None:
         try:
@@ -134,12 +143,12 @@ class WorkerClient:
         """How pages come to this worker; proved anew from one peer, if one is given. Raises WorkerLost."""
         if self._stub is None:
             raise WorkerLost(f"no session with {self._endpoint}")
-        asked = None if probe is None else pb.Peer(worker=_encode_worker(probe.worker), endpoint=probe.endpoint)
+        asked = None if probe is None else pb.Peer(worker=encode_worker(probe.worker), endpoint=probe.endpoint)
         try:
             answer = await self._stub.Paths(pb.PathsRequest(probe=asked), timeout=PROBE_S)
         except grpc.aio.AioRpcError as error:
             raise WorkerLost(f"{self._endpoint} did not tell its paths: {error.details()}") from None
-        return [_decode_path(path) for path in answer.paths]
+        return [decode_path(path) for path in answer.paths]
 
     # --- the session -------------------------------------------------------------------------------------------
 
@@ -159,19 +168,27 @@ class WorkerClient:
 
     async def _session(self) -> None:
         """One connection, until it breaks."""
-        async with grpc.aio.insecure_channel(self._endpoint, options=CHANNEL_OPTIONS) as channel:
+        async with self._channels.open(self._endpoint, CHANNEL_OPTIONS) as channel:
+            stub = session_pb2_grpc.WorkerStub(channel)
             try:
                 async with asyncio.timeout(self._times.connect_s):
                     await channel.channel_ready()
             except TimeoutError:
+                self._say_trouble(await _why_not(stub))
                 return
-            self._stub = session_pb2_grpc.WorkerStub(channel)
+            self._stub = stub
             try:
                 await self._talk()
             except (grpc.aio.AioRpcError, asyncio.IncompleteReadError) as error:
-                log.info("session with %s broke: %s", self._endpoint, error)
+                self._say_trouble(str(error))
             finally:
                 self._stub = None
+
+    def _say_trouble(self, trouble: str) -> None:
+        """Once: it is tried again several times a second."""
+        if trouble != self._trouble:
+            log.info("no session with %s: %s", self._endpoint, trouble)
+            self._trouble = trouble
 
     async def _talk(self) -> None:
         assert self._stub is not None
@@ -190,7 +207,7 @@ class WorkerClient:
             return
         if not isinstance(first, pb.FromWorker) or not first.HasField("welcome"):
             return
-        self._up(_decode_info(first.welcome))
+        self._up(decode_info(first.welcome))
         sending = asyncio.create_task(self._send(call), name="worker-send")
         events = asyncio.create_task(self._events(), name="worker-events")
         watch = asyncio.create_task(self._watch(call.cancel), name="worker-watch")
@@ -238,7 +255,7 @@ class WorkerClient:
     def _up(self, info: WorkerInfo) -> None:
         if self._worker is not None and self._worker != info.worker:
             self._down()
-        self._worker, self._broken_s, self._heard_s = info.worker, None, self._clock()
+        self._worker, self._broken_s, self._heard_s, self._trouble = info.worker, None, self._clock(), ""
         self._workers.up(info, self)
 
     def _down(self) -> None:
@@ -253,125 +270,32 @@ class WorkerClient:
         if self._worker is None:
             return  # given up for its silence: this was on its way
         if message.HasField("batch"):
-            self._workers.on_batch(self._worker, TokenBatch(tuple(map(_decode_tokens, message.batch.items))))
+            self._workers.on_batch(self._worker, TokenBatch(tuple(map(decode_tokens, message.batch.items))))
         elif message.HasField("failed"):
-            self._workers.on_failed(self._worker, _decode_failed(message.failed))
+            self._workers.on_failed(self._worker, decode_failed(message.failed))
 
     def _take_event(self, event: pb.Event) -> bool:
         """False when events have been missed."""
         if self._worker is None:
             return True
         if event.HasField("load"):
-            self._workers.on_load(self._worker, _decode_load(event.load))
+            self._workers.on_load(self._worker, decode_load(event.load))
             return True
         pages = event.pages
         change = PagesChanged(pages.number, tuple(pages.stored), tuple(pages.removed), pages.snapshot)
         return self._workers.on_pages(self._worker, change)
 
 
+async def _why_not(stub: session_pb2_grpc.WorkerAsyncStub) -> str:
+    """What a channel that does not become ready says to a call: a refused connection, a bad certificate."""
+    try:
+        await stub.Health(pb.HealthRequest(), timeout=WHY_S)
+    except grpc.aio.AioRpcError as error:
+        return error.details() or error.code().name
+    return "it was slow to answer"
+
+
 async def _stop(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _encode_submit(submit: Submit) -> pb.Submit:
-    peer = submit.peer
-    return pb.Submit(
-        request_id=submit.request_id,
-        attempt=submit.attempt,
-        prompt_ids=submit.prompt_ids,
-        sampling=_encode_sampling(submit.params),
-        seed=submit.seed,
-        deadline_s=submit.deadline_s,
-        peer=_encode_peer(peer) if peer else None,
-        emitted=[pb.Ids(ids=ids) for ids in submit.emitted],
-        finished=submit.finished,
-        salt=submit.salt,
-        priority=submit.priority,
-        lender=_encode_peer(submit.lender) if submit.lender else None,
-        lent_tokens=submit.lent_tokens,
-        ticket=submit.ticket,
-        loan_ticket=submit.loan_ticket,
-    )
-
-
-def _encode_lend(lend: Lend) -> pb.Lend:
-    return pb.Lend(
-        request_id=lend.request_id,
-        attempt=lend.attempt,
-        prompt_ids=lend.prompt_ids,
-        peer=_encode_peer(lend.peer),
-        deadline_s=lend.deadline_s,
-        salt=lend.salt,
-        ticket=lend.ticket,
-    )
-
-
-def _encode_peer(peer: Peer) -> pb.Peer:
-    return pb.Peer(worker=_encode_worker(peer.worker), endpoint=peer.endpoint)
-
-
-def _encode_worker(worker: WorkerId) -> pb.WorkerId:
-    return pb.WorkerId(name=worker.name, incarnation=worker.incarnation)
-
-
-def _encode_sampling(params: SamplingParams) -> pb.Sampling:
-    """All but the stop strings, which the router applies, and the seed, which Submit carries."""
-    return pb.Sampling(**{name: getattr(params, name) for name in SAMPLING_FIELDS})
-
-
-def _decode_info(m: pb.Welcome) -> WorkerInfo:
-    return WorkerInfo(
-        worker=WorkerId(m.worker.name, m.worker.incarnation),
-        role=_ROLES[m.role],
-        identity=m.identity,
-        layout=m.layout,
-        page_size=m.page_size,
-        pages_total=m.pages_total,
-        max_context_tokens=m.max_context_tokens,
-        handoff_endpoint=m.handoff_endpoint,
-    )
-
-
-def _decode_tokens(m: pb.Tokens) -> Tokens:
-    receipt = _decode_receipt(m.receipt) if m.HasField("receipt") else None
-    return Tokens(m.request_id, m.attempt, tuple(map(_decode_token, m.tokens)), receipt)
-
-
-def _decode_token(m: pb.Token) -> Token:
-    return Token(
-        m.choice,
-        m.index,
-        m.token_id,
-        m.logprob if m.HasField("logprob") else None,
-        tuple((likely.token_id, likely.logprob) for likely in m.top),
-        _FINISHES.get(m.finish),
-    )
-
-
-def _decode_receipt(m: pb.Receipt) -> Receipt:
-    return Receipt(**{name: getattr(m, name) for name in _RECEIPT})
-
-
-def _decode_failed(m: pb.RequestFailed) -> RequestFailed:
-    blames = WorkerId(m.blames.name, m.blames.incarnation) if m.HasField("blames") else None
-    return RequestFailed(m.request_id, m.attempt, m.code, m.message, blames)
-
-
-def _decode_path(m: pb.Path) -> PathReport:
-    peer = WorkerId(m.peer.name, m.peer.incarnation)
-    return PathReport(peer, m.transport, m.lanes, m.bytes_per_s, m.latency_s, m.proved_s, m.trouble)
-
-
-def _decode_load(m: pb.Load) -> Load:
-    return Load(
-        m.waiting_requests,
-        m.waiting_tokens,
-        m.running_requests,
-        dict(m.pages),
-        m.prefill_tokens_per_s,
-        m.step_s,
-        dict(m.handoffs),
-        m.draining,
-    )
