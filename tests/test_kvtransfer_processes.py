@@ -24,7 +24,7 @@ from kvtransfer.shm import ShmTransport
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "tests" / "kvtransfer_source_process.py"
-QUICK = Timing(lease=LeaseTerms(life_s=2.0, renew_s=0.4, lost_s=0.5, tick_s=0.05))
+QUICK = Timing(lease=LeaseTerms(life_s=2.0, renew_s=0.4, lost_s=0.5, connect_s=20.0, tick_s=0.05))
 
 
 class Sink:
