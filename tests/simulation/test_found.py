@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+
+from core.errors import NoCapacity, PoisonRequest
 from core.messages import Receipt, Token, Tokens
+from core.sampling import SamplingParams
 from session.outlet import Outlet
+from tests.simulation.cluster import POISON, SimCluster, request_of
+from tests.simulation.virtual_time import run
 
 
 async def test_a_receipt_is_not_lost_with_the_session_that_carried_it() -> None:
@@ -15,3 +23,55 @@ async def test_a_receipt_is_not_lost_with_the_session_that_carried_it() -> None:
     resumed, _ = outlet.open("router", {("r", 1): (1,)})
     batch = resumed.messages.get_nowait()
     assert [item.receipt for item in batch.items] == [Receipt(computed_tokens=5)]  # type: ignore[union-attr]
+
+
+def test_a_request_whose_only_token_comes_from_prefill_has_a_receipt() -> None:
+    async def main() -> list[int]:
+        cluster = SimCluster(1, prefill=1, decode=1)
+        await cluster.start()
+        steps = await cluster.generate(request_of("r", [1] * 100, SamplingParams(max_tokens=1, seed=0)))
+        await cluster.close()
+        return [step.receipt.prompt_tokens for step in steps if step.receipt is not None]
+
+    assert run(main()) == [100]
+
+
+def test_a_client_is_not_told_that_a_worker_cancelled() -> None:
+    """No grant came in time: whichever worker says so first, it is tried again, and is `no_capacity` in the end."""
+
+    async def main() -> None:
+        cluster = SimCluster(1, prefill=1, decode=1)
+        await cluster.start()
+        pool = cluster.alive["decode-0"].worker.pool
+        held = pool.allocate(pool.reusable) or []
+        stays = cluster.spawn(cluster.generate(request_of("r", [1] * 100, SamplingParams(max_tokens=9, seed=0))))
+        with pytest.raises(NoCapacity):
+            await stays
+        pool.release_all(held)
+        assert await cluster.quiesce() == []
+        await cluster.close()
+
+    run(main())
+
+
+def test_a_worker_whose_loss_its_peer_reports_first_counts_as_lost() -> None:
+    """The decode worker's clock jumps, so that it gives the dead prefill worker up before the router does."""
+
+    async def main() -> int:
+        cluster = SimCluster(1, prefill=4, decode=1)
+        await cluster.start()
+        decode = cluster.alive["decode-0"]
+        request = request_of("r", [POISON] + [1] * 100, SamplingParams(max_tokens=9, seed=0))
+        served = cluster.spawn(cluster.generate(request))
+        jumped = 0
+        while not served.done():
+            await asyncio.sleep(0.01)
+            if len(cluster.poisoned) > jumped:
+                jumped = len(cluster.poisoned)
+                await asyncio.sleep(0.05)  # their session has broken
+                decode.node.offset_s += 5.0
+        assert isinstance(served.exception(), PoisonRequest)
+        await cluster.close()
+        return jumped
+
+    assert run(main()) == 2
