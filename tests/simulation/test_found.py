@@ -36,11 +36,12 @@ def test_a_request_whose_only_token_comes_from_prefill_has_a_receipt() -> None:
     assert run(main()) == [100]
 
 
-def test_a_client_is_not_told_that_a_worker_cancelled() -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_a_client_is_not_told_that_a_worker_cancelled(seed: int) -> None:
     """No grant came in time: whichever worker says so first, it is tried again, and is `no_capacity` in the end."""
 
     async def main() -> None:
-        cluster = SimCluster(1, prefill=1, decode=1)
+        cluster = SimCluster(seed, prefill=1, decode=1)
         await cluster.start()
         pool = cluster.alive["decode-0"].worker.pool
         held = pool.allocate(pool.reusable) or []
