@@ -38,14 +38,14 @@ class Part:
 
 def worker(name: str, role: str, listen: str, *flags: str, prefix: Sequence[str] = ()) -> Part:
     """Small steps: a long prompt is prefilled for as long as the test needs to find it at that."""
-    own = ("--role", role, "--model", str(MODEL), "--listen", listen, "--step-tokens", "32")
+    own = ("--role", role, "--model", str(MODEL), "--listen", listen, "--step-tokens", "32", "--insecure")
     return Part(name, "worker", (*own, *ALL_WORKERS, *flags), tuple(prefix))
 
 
 def router(workers: dict[str, str], host: str, port: int, *flags: str, prefix: Sequence[str] = ()) -> Part:
     """`workers`: the address of each by name, as the router is to dial it."""
     addresses = ",".join(f"{name}={address}" for name, address in workers.items())
-    own = ("--model", str(MODEL), "--workers", addresses, "--host", host, "--port", str(port))
+    own = ("--model", str(MODEL), "--workers", addresses, "--host", host, "--port", str(port), "--insecure")
     return Part("router", "router", (*own, "--max-context", "2048", *flags), tuple(prefix))
 
 
