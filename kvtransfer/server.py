@@ -32,6 +32,7 @@ RECEIPT_FIELDS = tuple(field.name for field in fields(Receipt))
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # else a minute, which counts while the other direction brings data
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # else our own clients' pings are taken for an attack

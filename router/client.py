@@ -52,6 +52,7 @@ Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.ToWorker, pb.FromWorker]"
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # else a minute, which counts while the other direction brings data
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", 1 << 20),

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from core.errors import DigestMismatch
 from tests.chaos.netns import D_END, LINKS, P_END, ROUTER_ADDRESS, Hosts, two_hosts
 from tests.chaos.parts import Parts, router, running, worker
 from tests.chaos.table import Table
@@ -52,7 +53,7 @@ def right(rig: Rig) -> References:
     return asyncio.run(references(rig.cluster))
 
 
-Fault = Callable[[Hosts], None]
+Fault = Callable[[Hosts], object]
 
 FAULTS: dict[str, tuple[Fault, float]] = {
     "data link cut": (lambda hosts: hosts.cut("data"), SHORT_S),
@@ -65,6 +66,7 @@ FAULTS: dict[str, tuple[Fault, float]] = {
     "both links half-open, P mute": (lambda hosts: hosts.mute(hosts.p, *LINKS), LONG_S),
     "data link throttled to 2 Mbit/s": (lambda hosts: hosts.throttle("2mbit", "data"), SHORT_S),
     "both links throttled to 2 Mbit/s": (lambda hosts: hosts.throttle("2mbit", *LINKS), SHORT_S),
+    "packets lost, repeated and swapped": (lambda hosts: hosts.harm(lose=0.01, repeat=0.02, swap=0.02), SHORT_S),
 }
 QUICK = {"data link cut", "data link half-open, P mute", "data link throttled to 2 Mbit/s"}
 
@@ -89,3 +91,29 @@ async def test_the_links_between_two_hosts_go_bad(
         await load.recovers(row)
         await load.end(row)
     await asyncio.to_thread(rig.cluster.quiesce, 2)
+
+
+@pytest.mark.timeout(240)
+async def test_bits_of_pages_are_flipped_on_the_wire(rig: Rig, right: References, table: Table) -> None:
+    """Behind the checksums of TCP: nothing but the digests can find them."""
+    row = table.row("bits of pages flipped on the wire", "between two network namespaces, under TCP")
+    before, found_before = rig.hosts.harm(), mismatches(rig.cluster)
+    async with traffic(rig.cluster, right, "flipped") as load:
+        rig.hosts.harm(flip=0.02, spared_port=PORT)
+        try:
+            load.send()
+            await load.go_on(SHORT_S)
+            await load.end(row)
+        finally:
+            rig.hosts.heal()
+        await load.recovers(row)
+    await asyncio.to_thread(rig.cluster.quiesce, 2)
+    flipped = rig.hosts.harm().get("flipped", 0) - before.get("flipped", 0)
+    found = mismatches(rig.cluster) - found_before
+    print(f"{flipped} packets with a flipped bit, {found} pages refused")
+    assert 0 < found <= flipped
+    assert found >= flipped / 4  # several of them may lie in one page, or in one that was given up
+
+
+def mismatches(cluster: Parts) -> int:
+    return int(cluster.total("baton:handoff_faults_total", "code", DigestMismatch.code))
