@@ -68,6 +68,7 @@ class UcxTransport:
         self._random_bytes = random_bytes
         self._check_epoch = check_epoch
         self._house: House | None = None
+        self._held: memoryview | None = None  # so that the pool stays mapped while we serve
         self._peers: dict[WorkerId, UcxPeer] = {}
 
     async def serve(self, frames: Frames, digest: SegmentDigest) -> None:
@@ -79,6 +80,7 @@ class UcxTransport:
         except BaseException:
             thread.stop()
             raise
+        self._held = memoryview(frames.everything)
         self._house = House(
             context=context,
             pool=Pool(frames, Region.of(frames.everything), digest),
@@ -108,11 +110,8 @@ class UcxTransport:
         return await self._do(self._peer(peer).invite)
 
     async def meet(self, peer: WorkerId, descriptor: bytes) -> None:
-        """Raises HandoffError, and PeerLost for a descriptor that belongs to a connection that was cut off."""
+        """Raises HandoffError; PeerLost when pages of what the peer was before are being filled: meet again then."""
         theirs = Descriptor.decode(descriptor)
-        before = self._peers.get(peer)
-        if before is not None and before.lost is not None and before.met == theirs:
-            raise PeerLost(f"{peer} was cut off, and has to begin anew: {before.lost}")
         line = self._peer(peer)
         await self._do(lambda: line.meet(theirs))
 
@@ -156,6 +155,8 @@ class UcxTransport:
             await self.forget(peer)
         thread, self._house = self._house.thread, None
         thread.stop()
+        if self._held is not None:
+            self._held.release()
 
 
 async def _answer(asked: Future[T]) -> T:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from core.errors import HandoffError, OutOfBounds
 from kvtransfer.transport import PROOF_STREAM
 from kvtransfer.ucx_asking import Pool
-from kvtransfer.ucx_library import Region, Request
+from kvtransfer.ucx_calls import Request
+from kvtransfer.ucx_library import Region
 from kvtransfer.ucx_wire import FAILED, MAX_ENTRIES, OUT_OF_BOUNDS, SENT, STALE, Ask, Verdict
 
 MAX_SENDS = 1024  # of one peer at a time
@@ -42,10 +43,6 @@ class Answering:
         self._check_epoch = check_epoch
         self._sends: list[_Send] = []
         self._drains: list[tuple[int, Future[None]]] = []
-
-    @property
-    def polling(self) -> bool:
-        return bool(self._sends)
 
     def asked(self, stream: int, asks: Sequence[Ask]) -> None:
         if len(self._sends) + len(asks) > MAX_SENDS:
@@ -104,9 +101,7 @@ class Answering:
         for drained in over:
             drained.set_result(None)
 
-    def drop(self) -> None:
-        """Before worker and endpoint go: let go of what keeps them alive."""
-        self._sends.clear()
-
     def lost(self) -> None:
+        """The endpoint is gone: nothing is sent any more."""
+        self._sends.clear()
         self._release()

@@ -15,7 +15,8 @@ from core.errors import HandoffError, OutOfBounds, PeerLost, StalePage
 from kvtransfer.digest import SegmentDigest, digest_page
 from kvtransfer.frames import Frames
 from kvtransfer.transport import PROOF_STREAM, Arrival, Piece
-from kvtransfer.ucx_library import Message, Region, Request, Worker
+from kvtransfer.ucx_calls import Request
+from kvtransfer.ucx_library import Message, Region, Worker
 from kvtransfer.ucx_wire import MAX_ENTRIES, OUT_OF_BOUNDS, SENT, STALE, Ask, Verdict
 
 TAG_BITS = 32  # the lower half counts, the upper half is the pair's secret
@@ -78,7 +79,6 @@ class Asking:
         self._pages: dict[int, _Page] = {}  # by tag
         self._filling: dict[int, _Page] = {}  # by tag: receives that are posted
         self._abandoned: set[int] = set()  # tags of pages that nobody wants any more, until their verdict
-        self._eaten: list[Request] = []
         self._scrap = Region.of(memoryview(bytearray(1)))
         self.bytes_landed = 0
 
@@ -88,8 +88,9 @@ class Asking:
         return bool(self._pages or self._abandoned)
 
     @property
-    def polling(self) -> bool:
-        return bool(self._filling or self._eaten)
+    def filling(self) -> bool:
+        """A receive is posted, so that our pages are being written to."""
+        return bool(self._filling)
 
     def start(self, fetch: Fetch, now_s: float) -> None:
         if len(self._running) >= MAX_FETCHES:
@@ -157,10 +158,9 @@ class Asking:
 
     def _eat(self, message: Message, worker: Worker) -> None:
         """Receive it into a byte: that ends it at both ends, and the rest is dropped."""
-        self._eaten.append(worker.receive(message, self._scrap.part(0, min(1, message.length))))
+        worker.receive(message, self._scrap)
 
     def poll(self) -> bool:
-        self._eaten = [request for request in self._eaten if not request.done]
         landed = [(tag, page) for tag, page in self._filling.items() if page.receive is not None and page.receive.done]
         for tag, page in landed:
             del self._filling[tag]
@@ -175,14 +175,20 @@ class Asking:
     def judged(self, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
             page = self._pages.get(verdict.tag)
-            if verdict.tag in self._abandoned:
+            if page is None:
+                self._check_old(verdict.tag)
                 self._abandoned.discard(verdict.tag)
-            elif page is None or page.verdict is not None or verdict.what not in (SENT, OUT_OF_BOUNDS, STALE):
-                raise HandoffError("a verdict on a page that was not asked for" if page is None else "a bad verdict")
+            elif page.verdict is not None or verdict.what not in (SENT, OUT_OF_BOUNDS, STALE):
+                raise HandoffError(f"a verdict that cannot be: {verdict.what}")
             else:
                 page.verdict = verdict
                 self._settle(verdict.tag, page)
         self._ask()
+
+    def _check_old(self, tag: int) -> None:
+        """Raise HandoffError for a tag under which nothing was ever asked for."""
+        if tag >> TAG_BITS != self._secret:
+            raise HandoffError("a verdict on a page that was not asked for")
 
     def _settle(self, tag: int, page: _Page) -> None:
         """Done with a page when its bytes and its verdict are here, in whatever order."""
@@ -245,13 +251,7 @@ class Asking:
     def lost(self, error: HandoffError) -> None:
         """Worker and endpoint are gone: nothing can land."""
         fetches = list(self._running)
-        for state in (self._running, self._fetches, self._pages, self._filling, self._abandoned, self._eaten):
+        for state in (self._running, self._fetches, self._pages, self._filling, self._abandoned):
             state.clear()
         for fetch in fetches:
             fetch.ended.set_exception(fetch.error or error)
-
-    def drop(self) -> None:
-        """Before worker and endpoint go: let go of what keeps them alive."""
-        for page in self._pages.values():
-            page.receive = None
-        self._eaten.clear()

@@ -18,7 +18,8 @@ from core.errors import HandoffError, PeerLost
 from core.messages import WorkerId
 from kvtransfer.ucx_answering import Answering
 from kvtransfer.ucx_asking import Asking, Fetch, Pool
-from kvtransfer.ucx_library import Context, Endpoint, Message, Region, Request, Worker
+from kvtransfer.ucx_calls import Request
+from kvtransfer.ucx_library import Context, Endpoint, Message, Region, Worker
 from kvtransfer.ucx_thread import ProgressThread
 from kvtransfer.ucx_wire import (
     MAX_MESSAGE_BYTES,
@@ -75,8 +76,7 @@ class UcxPeer:
         self._nonce, self._control_tag = house.random(64), house.random(64)
         self._worker: Worker | None = None
         self._endpoint: Endpoint | None = None
-        self._said: deque[Request] = deque()  # control messages that are leaving
-        self._hearing: deque[tuple[Request, bytearray, int]] = deque()  # and arriving
+        self._hearing: deque[tuple[Request, bytearray, int]] = deque()  # control messages that are arriving
         self._early: list[Control] = []
         self._landed_at_s = 0.0
         self._landed_bytes = 0
@@ -111,26 +111,25 @@ class UcxPeer:
         if theirs.page_bytes != ours:
             raise HandoffError(f"pages of {theirs.page_bytes} bytes there, {ours} here")
         worker = self._open()
-        if theirs == self.met:
-            return
         if self._endpoint is not None:
-            self._begin_anew()
-        self._endpoint = worker.connect(theirs.address)
+            if theirs == self.met:
+                return
+            self._hang_up(PeerLost(f"{self.peer} began anew"))
+            self._check()
         self.met = theirs
-        self._lanes = ()
+        self._connect(worker, theirs)
         early, self._early = self._early, []
         for message in early:
             self._handle(message)
         self._house.thread.rouse(self)
 
-    def _begin_anew(self) -> None:
-        """It has another worker now. Ours can stay, since no receive outlives its endpoint."""
-        self._hang_up()
-        self._end_fetches(PeerLost(f"{self.peer} began anew"))
+    def _connect(self, worker: Worker, theirs: Descriptor) -> None:
+        self._endpoint = worker.connect(theirs.address)
+        self._lanes = ()
 
     def start(self, fetch: Fetch) -> None:
         if self.lost is not None or self._endpoint is None:
-            fetch.ended.set_exception(PeerLost(f"{self.peer} was cut off: {self.lost}"))
+            fetch.ended.set_exception(PeerLost(f"{self.peer} was cut off: {self.lost or 'the connection has failed'}"))
             return
         now_s = self._house.clock()
         if not self._asking.waiting:
@@ -154,22 +153,29 @@ class UcxPeer:
             return
         self.lost = error
         self._house.thread.remove(self.fd)
-        self._hang_up()
+        self._drop_endpoint()
         self._hearing.clear()
         if self._worker is not None:
             self._worker.close()
             self._worker = None
-        self._end_fetches(error)
+        self._tell(error)
 
-    def _hang_up(self) -> None:
-        self._asking.drop()
-        self._answering.drop()
-        self._said.clear()
-        if self._endpoint is not None:
-            self._endpoint.close()
-            self._endpoint = None
+    def _hang_up(self, error: HandoffError) -> None:
+        """The endpoint goes. The worker, which the peer may be meeting again, goes too if it could still be written to.
 
-    def _end_fetches(self, error: HandoffError) -> None:
+        A page is written to only while its receive is posted; the connections on which that happens are the worker's.
+        """
+        if self._asking.filling or not self._drop_endpoint():
+            self.cut(error)
+        else:
+            self._tell(error)
+
+    def _drop_endpoint(self) -> bool:
+        """Whether all that was under way over it is over."""
+        endpoint, self._endpoint = self._endpoint, None
+        return endpoint is None or endpoint.close()
+
+    def _tell(self, error: HandoffError) -> None:
         self._asking.lost(error)
         self._answering.lost()
 
@@ -196,7 +202,7 @@ class UcxPeer:
         except HandoffError as error:
             if self.lost is None:
                 log.warning("%s is cut off: %s", self.peer, error)
-            self.cut(error)
+            self.cut(PeerLost(error.message))
 
     def _progress(self) -> bool:
         worker = self._worker
@@ -207,13 +213,20 @@ class UcxPeer:
             moved = True
             self._take(message, worker)
         moved |= self._hear()
-        moved |= self._asking.poll()
+        if self._asking.poll():
+            moved = True
+            self._see_lanes()
         moved |= self._answering.poll()
-        while self._said and self._said[0].done:
-            self._said.popleft()
         if self._endpoint is not None and not self._endpoint.alive:
-            raise PeerLost(f"the connection to {self.peer} has failed")
+            log.info("the connection to %s has failed", self.peer)
+            self._hang_up(PeerLost(f"the connection to {self.peer} has failed"))
         return moved
+
+    def _see_lanes(self) -> None:
+        """Once a page has come they are final."""
+        if not self._lanes and self._endpoint is not None:
+            self._lanes = self._endpoint.lanes()
+            self._house.on_lanes(self.peer, self._lanes)
 
     def rest(self) -> bool:
         return self._worker is None or self._worker.arm()
@@ -229,9 +242,6 @@ class UcxPeer:
         page_s = self._house.pool.frames.layout.page_bytes / limits.slowest_bytes_per_s
         if now_s - self._landed_at_s > limits.grace_s + page_s:
             raise PeerLost(f"{self.peer} has stalled for {now_s - self._landed_at_s:.1f} s")
-        if landed and not self._lanes and self._endpoint is not None:
-            self._lanes = self._endpoint.lanes()
-            self._house.on_lanes(self.peer, self._lanes)
         if self._asking.overdue(now_s, limits.fetch_s, limits.cancel_s):
             raise PeerLost(f"{self.peer} goes on filling a page that nobody wants")
 
@@ -263,6 +273,8 @@ class UcxPeer:
             if len(self._early) > MAX_EARLY:
                 raise HandoffError("too many messages from a worker that was never met")
         elif message.asks:
+            if self._endpoint is None and self._worker is not None:
+                self._connect(self._worker, self.met)  # it has hung up, and met us again before we saw the first
             self._answering.asked(message.stream, message.asks)
         else:
             self._asking.judged(message.verdicts)
@@ -276,7 +288,7 @@ class UcxPeer:
     def _say(self, message: bytes) -> None:
         if self.met is None:
             raise PeerLost(f"{self.peer} was never met")
-        self._said.append(self._send(Region.of(memoryview(bytearray(message))), self.met.control_tag))
+        self._send(Region.of(memoryview(bytearray(message))), self.met.control_tag)
 
     def _send(self, region: Region, tag: int) -> Request:
         if self._endpoint is None:

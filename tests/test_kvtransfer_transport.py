@@ -29,7 +29,8 @@ from kvtransfer.shm import ShmTransport
 from kvtransfer.shm_socket import PoolAddress, ask_for_pool
 from kvtransfer.transport import PROOF_STREAM, Piece, Transport
 from kvtransfer.ucx import UcxTransport
-from kvtransfer.ucx_library import Endpoint, Region, Request
+from kvtransfer.ucx_calls import Request
+from kvtransfer.ucx_library import Endpoint, Region
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = PageLayout(kv_heads=2, layers=2, page_size=16, head_dim=64, dtype="float32")  # 32 KiB
