@@ -137,4 +137,21 @@ class Output:
             prompt_tokens=sum(len(request.prompt_ids) for request in self._requests),
             completion_tokens=sum(choice.tokens for choice in self.choices),
             cached_tokens=sum(self.cached_tokens(number) for number in numbers),
+            handoff=_handoff([receipt for receipt in self._receipts if receipt is not None]),
         )
+
+
+def _handoff(receipts: Sequence[Receipt]) -> dict[str, object] | None:
+    """What moving pages cost these prompts together."""
+    moved = [receipt for receipt in receipts if receipt.transferred_tokens]
+    if not moved:
+        return None
+    sent = sum(receipt.transferred_bytes for receipt in moved)
+    hidden = sum(receipt.hidden_bytes for receipt in moved)
+    return {
+        "transferred_tokens": sum(receipt.transferred_tokens for receipt in moved),
+        "transferred_bytes": sent,
+        "overlap": round(hidden / sent, 4) if sent else None,
+        "transfer_s": round(sum(receipt.transfer_s for receipt in moved), 6),
+        "exposed_transfer_s": round(sum(receipt.exposed_transfer_s for receipt in moved), 6),
+    }

@@ -42,13 +42,16 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    handoff: dict[str, object] | None = None  # what moving the prompt's pages cost. None: nothing was moved
 
     def as_json(self) -> dict[str, object]:
+        extra = {} if self.handoff is None else {"handoff": self.handoff}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **extra,
         }
 
 

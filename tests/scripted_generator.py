@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from core.errors import BatonError
 from core.messages import FinishReason, Receipt, Token
@@ -18,6 +19,7 @@ class ScriptedGenerator:
     ids: Sequence[int] = ()
     finish: FinishReason = FinishReason.STOP
     cached: int = 0
+    moved: Mapping[str, Any] = field(default_factory=dict)  # what its receipts say of a hand-off
     delay_s: float = 0.0
     fails: BatonError | None = None  # raised before token `fails_at`
     fails_at: int = 0
@@ -61,8 +63,8 @@ class ScriptedGenerator:
             if choice not in ended
         )
         computed = len(request.prompt_ids) - self.cached
-        receipt = Receipt(cached_prefill_tokens=self.cached, computed_tokens=computed) if position == 0 else None
-        return Step(tokens, receipt)
+        receipt = Receipt(cached_prefill_tokens=self.cached, computed_tokens=computed, **self.moved)
+        return Step(tokens, receipt if position == 0 else None)
 
     def finish_choice(self, request_id: str, choice: int) -> None:
         self.finished_choices.append((request_id, choice))

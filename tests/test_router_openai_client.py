@@ -46,6 +46,28 @@ async def test_chat() -> None:
     assert (params.temperature, params.seed, params.max_tokens) == (0.0, 5, 4096 - prompt)
 
 
+async def test_usage_says_what_the_hand_off_cost() -> None:
+    moved = {
+        "transferred_tokens": 32, "transferred_bytes": 8000, "hidden_bytes": 6000,
+        "transfer_s": 0.25, "exposed_transfer_s": 0.125, "queue_s": 1.0,
+    }  # fmt: skip
+    two = {"model": MODEL, "prompt": ["one", "two"]}
+    async with client_of(say(TOKENIZER, HELLO, moved=moved)) as client:
+        both = (await client.completions.create(**two)).usage
+        stream = await client.completions.create(**two, stream=True, stream_options={"include_usage": True})
+        last = [chunk async for chunk in stream][-1].usage
+    async with client_of(say(TOKENIZER, HELLO)) as client:
+        nothing = (await client.completions.create(**two)).usage
+    assert both is not None and last is not None and nothing is not None
+    assert both.model_extra == last.model_extra == {
+        "handoff": {
+            "transferred_tokens": 64, "transferred_bytes": 16000, "overlap": 0.75,
+            "transfer_s": 0.5, "exposed_transfer_s": 0.25,
+        }
+    }
+    assert nothing.model_extra == {}, "nothing was moved"
+
+
 async def test_chat_stream() -> None:
     async with client_of(say(TOKENIZER, HELLO)) as client:
         stream = await client.chat.completions.create(
