@@ -12,6 +12,7 @@ from bench.transfer import nixl_environment
 from bench.transfer.contenders import Contender, Failed, Running
 from bench.transfer.nixl_environment import NixlMissing
 from bench.transfer.pools import BATCH_PAGES, fill, make_pool, walk, wrong_pages
+from bench.transfer.quiet import Moment, taken_by_others, verdict
 from bench.transfer.report import Row, verdicts
 from bench.transfer.rounds import Plan, measure
 
@@ -92,6 +93,15 @@ asyncio.run(obey(Wrong()))
     async with Running(Contender("wrong", (sys.executable, "-c", program)), PAGE, POOL) as running:
         with pytest.raises(Failed, match="3 pages"):
             await running.move(1)
+
+
+def test_what_others_took_is_told_apart_from_our_own() -> None:
+    before = Moment(wall_s=100.0, work_s=1000.0, stolen_s=50.0, own_s=1.0)
+    after = Moment(wall_s=110.0, work_s=1018.0, stolen_s=51.0, own_s=16.0)
+    assert taken_by_others(before, after) == pytest.approx(0.4)  # 3 s of work that was not ours, 1 s stolen, in 10 s
+    assert "provisional" in verdict(0.4) and "stand" in verdict(0.05)
+    now = Moment.now()
+    assert now.work_s > now.own_s > 0
 
 
 def test_a_walk_names_each_page_once_a_pass_and_its_check_sees_what_is_wrong() -> None:

@@ -13,6 +13,7 @@ baselines   memcpy     one core copies the same pages between two mappings
             socket     a plain TCP connection over loopback, written in steps of 4 MiB, read into the pool
             nixl       NIXL with its UCX back end at default settings, the better of READ and WRITE
             nixl-best  the best of several UCX settings, chosen anew for each page size by a short trial
+            nixl-polled  (not by default) the same, and its receiver polls instead of having a progress thread
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from pathlib import Path
 from bench.transfer.contenders import Contender
 from bench.transfer.nixl_environment import NixlMissing, nixl_python
 from bench.transfer.pools import BATCH_PAGES, UNIT_BYTES
+from bench.transfer.quiet import Moment, taken_by_others, verdict
 from bench.transfer.report import machine, rows_of, table, verdicts
 from bench.transfer.rounds import Measured, Plan, measure
 
 TRANSPORTS = ("shm", "shm-no-digest", "ucx", "ucx-no-digest")
 BASELINES = ("memcpy", "socket", "nixl", "nixl-best")
+MORE_BASELINES = ("nixl-polled",)
 PAGES = "64K,128K,256K,512K,1M,2M"
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 SEGMENTS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}
@@ -42,7 +45,6 @@ NIXL_SETTINGS: tuple[dict[str, str], ...] = (
     {"UCX_TLS": "tcp"},
     {"UCX_TLS": "tcp"} | SEGMENTS,
 )
-BUSY_LOAD = 0.5  # of the last minute, before we begin
 
 
 def bytes_of(text: str) -> int:
@@ -77,7 +79,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton" / "bench"
     add = parser.add_argument
     add("--transports", type=names(TRANSPORTS), default=",".join(TRANSPORTS), help="default: all of them")
-    add("--baselines", type=names(BASELINES), default=",".join(BASELINES), help="default: all of them")
+    known = (*BASELINES, *MORE_BASELINES)
+    add("--baselines", type=names(known), default=",".join(BASELINES), help=f"default: {','.join(BASELINES)}")
     add("--pages", type=page_sizes, help=f"page sizes; default: {PAGES}")
     add("--quick", action="store_true", help="256K and 1M pages, three runs of 256M: a first look")
     add("--rounds", type=int, help="runs of each contender and page size; default: 5")
@@ -105,8 +108,9 @@ def choices_of(wanted: list[str], cache: Path) -> tuple[dict[str, list[Contender
         return own, str(error)
     for name in wanted:
         if name.startswith("nixl"):
-            settings = NIXL_SETTINGS if name == "nixl-best" else NIXL_SETTINGS[:1]
-            command = (python, "-m", "bench.transfer.nixl_end")
+            settings = NIXL_SETTINGS[:1] if name == "nixl" else NIXL_SETTINGS
+            progress = "polled" if name == "nixl-polled" else "threaded"
+            command = (python, "-m", "bench.transfer.nixl_end", progress)
             own[name] = [Contender(name, command, how, one) for one in settings for how in ("READ", "WRITE")]
     return own, ""
 
@@ -127,12 +131,11 @@ async def run(args: argparse.Namespace) -> dict[int, dict[str, Measured]]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    busy = os.getloadavg()[0]
+    before = Moment.now()
     rows = rows_of(asyncio.run(run(args)), args.transports, args.baselines)
     print(table(rows))
     print(f"\nMedians of {args.rounds} runs of {args.run >> 20} MiB. {machine()}.")
-    if busy > BUSY_LOAD:
-        print(f"The machine was busy before we began (load {busy:.1f}): take the figures as provisional.")
+    print(verdict(taken_by_others(before, Moment.now())))
     for line in verdicts(rows):
         print(line)
     if args.json:

@@ -1,9 +1,10 @@
 """The two processes of the NIXL contender. Runs in the environment that `nixl_environment.py` makes.
 
-    ENVIRONMENT/bin/python -m bench.transfer.nixl_end ROLE PAGE_BYTES POOL_BYTES
+    ENVIRONMENT/bin/python -m bench.transfer.nixl_end PROGRESS ROLE PAGE_BYTES POOL_BYTES
 
 Pages are descriptors that are prepared once; a request names them by index, as an engine would. `how` is READ (the
-receiver pulls) or WRITE (it pushes: bytes then move the other way, between equal pools).
+receiver pulls) or WRITE (it pushes: bytes then move the other way, between equal pools). PROGRESS is `threaded`, NIXL's
+default, or `polled`: the receiver has no progress thread and asks without a pause. The source always has one.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from bench.transfer.orders import obey
 from bench.transfer.pools import IN_FLIGHT, Pair, fill, make_pool, walk, wrong_pages
 from kvtransfer.frames import Frames
 
+PAUSE_S = 0.00005  # between two looks: without it, looking takes the core that the progress thread needs
+
 
 class NixlEnd:
-    def __init__(self, role: str, frames: Frames) -> None:
+    def __init__(self, role: str, frames: Frames, *, polled: bool) -> None:
         self._frames = frames
+        self._pause_s = 0.0 if polled else PAUSE_S
         self._address = int(np.frombuffer(frames.buffer, np.uint8).ctypes.data)
-        self._agent = nixl.nixl_agent(role, nixl.nixl_agent_config(backends=["UCX"]))
+        threaded = role == "source" or not polled
+        self._agent = nixl.nixl_agent(role, nixl.nixl_agent_config(enable_prog_thread=threaded, backends=["UCX"]))
         self._memory = self._agent.register_memory([(self._address, len(frames.buffer), 0, "")], "DRAM")
 
     async def hello(self) -> str:
@@ -65,7 +70,8 @@ class NixlEnd:
 
     def _finish(self, handle: object) -> None:
         while (state := self._agent.check_xfer_state(handle)) == "PROC":
-            pass
+            if self._pause_s:
+                time.sleep(self._pause_s)
         if state != "DONE":
             raise RuntimeError(f"the transfer ended as {state}")
         self._agent.release_xfer_handle(handle)
@@ -74,11 +80,11 @@ class NixlEnd:
 
 
 def main() -> None:
-    role, page_bytes, pool_bytes = sys.argv[1:]
+    progress, role, page_bytes, pool_bytes = sys.argv[1:]
     frames = make_pool(int(page_bytes), int(pool_bytes))
     if role == "source":
         fill(frames)
-    asyncio.run(obey(NixlEnd(role, frames)))
+    asyncio.run(obey(NixlEnd(role, frames, polled=progress == "polled")))
 
 
 if __name__ == "__main__":
