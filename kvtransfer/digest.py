@@ -62,5 +62,6 @@ def keyed(key: bytes) -> Digest:
 
 def digest_page(buffer: memoryview, layout: PageLayout, page: int, of: SegmentDigest) -> bytes:
     """The digests of one page of a pool's buffer, one per KV head, one after the other."""
-    start, size = page * layout.page_bytes, layout.segment_bytes
-    return b"".join([of(buffer[at : at + size]) for at in range(start, start + layout.page_bytes, size)])
+    size = layout.segment_bytes
+    start, end = page * layout.kv_heads * size, (page + 1) * layout.kv_heads * size
+    return b"".join([of(buffer[at : at + size]) for at in range(start, end, size)])
