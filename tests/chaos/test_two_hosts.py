@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import pytest
 
@@ -18,6 +17,7 @@ from tests.chaos.netns import D_END, LINKS, P_END, ROUTER_ADDRESS, Hosts, two_ho
 from tests.chaos.parts import Parts, router, running, worker
 from tests.chaos.table import Table
 from tests.chaos.traffic import References, references, traffic
+from tests.chaos.transports import skip_without_ucx
 
 PORT, ROUTER_PORT = 7001, 8000
 SHORT_S, LONG_S = 5.0, 14.0  # below and above the life of a lease
@@ -32,8 +32,7 @@ class Rig:
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
     """P on one host, D and the router on the other."""
-    if find_spec("ucxx") is None or find_spec("kvtransfer.ucx") is None:
-        pytest.skip("pages go between hosts over UCX: ucxx is not installed")
+    skip_without_ucx()
     with two_hosts() as hosts:
         on_p, on_d = (("ip", "netns", "exec", host) for host in (hosts.p, hosts.d))
         addresses = {"prefill-0": f"{LINKS['control']}{P_END}:{PORT}", "decode-0": f"127.0.0.1:{PORT}"}

@@ -16,8 +16,12 @@ def make_transport(name: str) -> Transport:
     """Skips the test when this machine has no library for it."""
     if name == "shm":
         return ShmTransport()
-    if find_spec("ucxx") is None or find_spec("kvtransfer.ucx") is None:
-        pytest.skip("ucxx is not installed")
+    skip_without_ucx()
     from kvtransfer.ucx import UcxTransport
 
     return UcxTransport()
+
+
+def skip_without_ucx() -> None:
+    if find_spec("ucxx") is None:
+        pytest.skip("ucxx is not installed")
