@@ -59,6 +59,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 17 << 20),
     ("grpc.use_local_subchannel_pool", 1),
 )
+DENIED_S = 1.0  # a worker that will not have us is asked again, but not as one that may be starting
 WHY_S = 0.2  # to hear why a channel does not become ready
 PROBE_S = 20.0  # a worker needs some seconds to find that a peer cannot be reached, and for each path to it
 
@@ -182,6 +183,8 @@ class WorkerClient:
                 await self._talk()
             except (grpc.aio.AioRpcError, asyncio.IncompleteReadError) as error:
                 self._say_trouble(str(error))
+                if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.PERMISSION_DENIED:
+                    await asyncio.sleep(DENIED_S)
             finally:
                 self._stub = None
 

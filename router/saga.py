@@ -19,6 +19,7 @@ from typing import Protocol
 
 from core.clock import Clock
 from core.errors import (
+    BadTicket,
     BatonError,
     Cancelled,
     DeadlineExceeded,
@@ -280,7 +281,9 @@ class Saga:
         if run.lost_workers >= POISON_WORKERS:
             raise PoisonRequest("this request has cost two workers and is not tried again")
         if run.retries >= MAX_REPLAYS or not self._budget.take():
-            raise NoCapacity(f"tried {run.attempt} times: {error.message}", retry_after_s=1.0)
+            if isinstance(error, BadTicket):
+                raise error  # keys that differ: coming back soon would not help the client
+            raise NoCapacity(f"tried {run.attempt} times, the last one failed with {error.code}", retry_after_s=1.0)
         run.retries += 1
         self._counters.retried(error.code)
         if run.progress.has_emitted:
