@@ -149,6 +149,7 @@ def _handoff(receipts: Sequence[Receipt]) -> dict[str, object] | None:
     sent = sum(receipt.transferred_bytes for receipt in moved)
     hidden = sum(receipt.hidden_bytes for receipt in moved)
     return {
+        "fetched_tokens": sum(receipt.fetched_tokens for receipt in moved),
         "transferred_tokens": sum(receipt.transferred_tokens for receipt in moved),
         "transferred_bytes": sent,
         "overlap": round(hidden / sent, 4) if sent else None,

@@ -61,7 +61,7 @@ async def test_usage_says_what_the_hand_off_cost() -> None:
     assert both is not None and last is not None and nothing is not None
     assert both.model_extra == last.model_extra == {
         "handoff": {
-            "transferred_tokens": 64, "transferred_bytes": 16000, "overlap": 0.75,
+            "fetched_tokens": 0, "transferred_tokens": 64, "transferred_bytes": 16000, "overlap": 0.75,
             "transfer_s": 0.5, "exposed_transfer_s": 0.25,
         }
     }

@@ -60,6 +60,7 @@ def test_the_history_of_a_chat_is_fetched_from_decode(aggregated: Cluster) -> No
         replies = [chat(cluster, talk) for talk in talks]
         fetched = cluster.total("baton:fetched_tokens_total")
         assert fetched > 500, cluster.said()
+        assert sum(reply["usage"]["handoff"]["fetched_tokens"] for reply in replies) == fetched
         assert sum(map(cached_tokens, replies)) >= fetched, "usage counts what was fetched as cached"
         lent = cluster.metric("baton:handoffs_total", "end")
         assert lent["decode-0"]["lender"] >= 1
