@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import cast
 
 import aiohttp
 
 from baton import endpoint
+from baton.credentials import Wish, keys_of, tickets_of, tls_of
 from baton.doctor_judgement import Finding, judge
-from core.clock import monotonic_s
-from core.errors import ConfigError
-from kvtransfer.chores import Chores
-from router.client import WorkerClient
+from core.errors import ConfigError, WorkerLost
+from core.messages import WorkerInfo
+from core.security.channels import Channels
+from router.client import Visitor
 from router.path_survey import Member, PairPath, PathReply, PathSurvey
-from router.workers import Workers
+from router.permits import Permits
 
 CONNECT_S = 10.0
 PROBE_S = 600.0  # of a whole cluster, path after path
@@ -44,12 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://localhost:8000", help="address of a router (http://localhost:8000)")
     parser.add_argument("--workers", default="", help="name=address of each worker, separated by commas: no router")
     parser.add_argument("--api-key", help="bearer token, if the router asks for one")
+    parser.add_argument("--ticket-key-file", default="", help="with --workers: the file that the workers have")
+    for name, what in (("cert", "certificate of a doctor"), ("key", "its private key"), ("ca", "who signs them all")):
+        parser.add_argument(f"--tls-{name}", default="", metavar="PEM", help=f"with --workers that use TLS: {what}")
     parser.add_argument("--json", action="store_true", help="print one JSON object: pairs, missing, findings")
 
 
 def run(args: argparse.Namespace) -> int:
     """0, or 1 when something is wrong. Raises ConfigError."""
-    reply = asyncio.run(_ask_workers(args.workers) if args.workers else _ask_router(args))
+    reply = asyncio.run(_ask_workers(args) if args.workers else _ask_router(args))
     findings = judge(reply)
     if args.json:
         print(json.dumps({**asdict(reply), "findings": [asdict(finding) for finding in findings]}, indent=2))
@@ -79,31 +84,31 @@ async def _ask_router(args: argparse.Namespace) -> PathReply:
         raise ConfigError(f"{router.base_url} does not tell paths: is it a Baton router?") from error
 
 
-async def _ask_workers(listed: str) -> PathReply:
+async def _ask_workers(args: argparse.Namespace) -> PathReply:
     """As a router would, without being one. Raises ConfigError."""
+    listed: str = args.workers
+    wish = cast(Wish, args)
+    channels = Channels(tls_of(wish))
+    permits = Permits(tickets_of(keys_of(wish)) if args.ticket_key_file else None)
     try:
         endpoints = dict(part.split("=", 1) for part in listed.split(","))
     except ValueError:
         raise ConfigError(f"--workers must be name=address,..., got {listed!r}") from None
-    workers, name = Workers(monotonic_s), f"doctor-{secrets.token_hex(4)}"
-    clients = {who: WorkerClient(where, name, workers, monotonic_s) for who, where in endpoints.items()}
-
-    def members() -> list[Member]:
-        return [(info, clients[info.worker.name]) for info, _ in workers.infos() if info.worker.name in clients]
-
-    chores = Chores()
-    for who, client in clients.items():
-        chores.spawn(client.run(), f"session with {who}")
+    visitors = {name: Visitor(address, channels) for name, address in endpoints.items()}
     try:
-        async with asyncio.timeout(CONNECT_S):
-            while len(members()) < len(clients):
-                await workers.changed()
-    except TimeoutError:
-        pass  # they are said to be missing
-    try:
-        return await PathSurvey(members, tuple(clients)).probed()
+        answers = await asyncio.gather(*(v.info(CONNECT_S) for v in visitors.values()), return_exceptions=True)
+        there: list[Member] = []
+        for name, answer in zip(visitors, answers, strict=True):
+            if isinstance(answer, WorkerInfo):
+                there.append((answer, visitors[name]))
+            elif isinstance(answer, WorkerLost):
+                print(f"{name}: {answer.message}", file=sys.stderr)
+            else:
+                raise answer
+        return await PathSurvey(lambda: there, tuple(visitors), permits).probed()
     finally:
-        await chores.stop()
+        for visitor in visitors.values():
+            await visitor.close()
 
 
 def table(rows: Sequence[PairPath]) -> list[str]:

@@ -16,6 +16,7 @@ NOTICEABLE_S = 0.001  # a latency below this is never slow
 ADVICE = (  # what the trouble says, and what helps; the first that fits
     ("no session", "see that one reaches the other's address (its --listen or --advertise) through firewalls"),
     ("other bytes", "do not use this path: bytes change on the way. Look for failing memory, network card or cable"),
+    ("ticket", "give the doctor the workers' --ticket-key-file, or ask a router with --url, which has it"),
     ("did not tell", "see the worker's log; it may have ended, or be of an older version"),
     (
         "network namespaces",

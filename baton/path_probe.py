@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from core.messages import PathReport, Peer
+from core.security.gate import Gate
 from kvtransfer.paths import Paths
 
 REACH_S = 5.0
@@ -14,14 +15,17 @@ REACH_S = 5.0
 class PathProbe:
     """A session.server.PathsOf. `dial` opens the session with a peer; None for a worker that is only dialled."""
 
-    def __init__(self, paths: Paths, dial: Callable[[Peer], None] | None) -> None:
+    def __init__(self, paths: Paths, gate: Gate, dial: Callable[[Peer], None] | None) -> None:
         self._paths = paths
+        self._gate = gate
         self._dial = dial
         self._turn = asyncio.Lock()  # two probes at once would measure each other
 
-    async def __call__(self, probe: Peer | None) -> Sequence[PathReport]:
+    async def __call__(self, probe: Peer | None, ticket: bytes) -> Sequence[PathReport]:
+        """Raises BadTicket: whom we dial gets to know how our pages are read."""
         if probe is None:
             return self._paths.snapshot()
+        self._gate.probe(probe, ticket)
         async with self._turn:
             if not await self._reach(probe):
                 return (*self._paths.snapshot(), _unreached(probe))

@@ -33,6 +33,7 @@ from router.choose import Terms
 from router.client import WorkerClient
 from router.metrics import RouterMetrics
 from router.path_survey import Member, PathSurvey
+from router.permits import Permits
 from router.saga import Saga
 from router.server import http_server
 from router.threshold import Threshold
@@ -103,7 +104,7 @@ class RouterProcess:
             metrics=metrics,
             health=self._health,
             worker_metrics=self._worker_metrics,
-            survey=PathSurvey(self._members, tuple(self._clients)),
+            survey=PathSurvey(self._members, tuple(self._clients), Permits(self._tickets)),
             version=baton.__version__,
         )
         chores = Chores()

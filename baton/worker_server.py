@@ -69,7 +69,7 @@ class WorkerServer:
             self._sessions = add_handoff_service(self._server, worker.receiver)
             worker.receiver.start(self._sessions)
             paths.renew = self._sessions.hang_up
-        probe = PathProbe(paths, self._dialer.dial if self._dialer is not None else None)
+        probe = PathProbe(paths, worker.tier.gate, self._dialer.dial if self._dialer is not None else None)
         self._servicer = WorkerServicer(self.desk, monotonic_s, self._metrics_text, probe)
         add_worker_service(self._server, self._servicer)
         worker.tier.published = self._servicer.publish

@@ -141,16 +141,11 @@ class WorkerClient:
         except grpc.aio.AioRpcError:
             return b""
 
-    async def paths(self, probe: Peer | None) -> list[PathReport]:
+    async def paths(self, probe: Peer | None, ticket: bytes) -> list[PathReport]:
         """How pages come to this worker; proved anew from one peer, if one is given. Raises WorkerLost."""
         if self._stub is None:
             raise WorkerLost(f"no session with {self._endpoint}")
-        asked = None if probe is None else pb.Peer(worker=encode_worker(probe.worker), endpoint=probe.endpoint)
-        try:
-            answer = await self._stub.Paths(pb.PathsRequest(probe=asked), timeout=PROBE_S)
-        except grpc.aio.AioRpcError as error:
-            raise WorkerLost(f"{self._endpoint} did not tell its paths: {error.details()}") from None
-        return [decode_path(path) for path in answer.paths]
+        return (await ask_paths(self._stub, self._endpoint, probe, ticket, PROBE_S))[1]
 
     # --- the session -------------------------------------------------------------------------------------------
 
@@ -303,3 +298,36 @@ async def _stop(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Visitor:
+    """Asks a worker about itself without a session: what a doctor does. Closed at the end."""
+
+    def __init__(self, endpoint: str, channels: Channels) -> None:
+        self._endpoint = endpoint
+        self._channel = channels.open(endpoint, CHANNEL_OPTIONS)
+        self._stub: session_pb2_grpc.WorkerAsyncStub = session_pb2_grpc.WorkerStub(self._channel)
+
+    async def info(self, timeout_s: float) -> WorkerInfo:
+        """Who it is. Raises WorkerLost."""
+        return (await ask_paths(self._stub, self._endpoint, None, b"", timeout_s))[0]
+
+    async def paths(self, probe: Peer | None, ticket: bytes) -> list[PathReport]:
+        """A router.path_survey.PathLink."""
+        return (await ask_paths(self._stub, self._endpoint, probe, ticket, PROBE_S))[1]
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+
+async def ask_paths(
+    stub: session_pb2_grpc.WorkerAsyncStub, endpoint: str, probe: Peer | None, ticket: bytes, timeout_s: float
+) -> tuple[WorkerInfo, list[PathReport]]:
+    """Who answers, and how pages come to it. Raises WorkerLost."""
+    asked = None if probe is None else pb.Peer(worker=encode_worker(probe.worker), endpoint=probe.endpoint)
+    request = pb.PathsRequest(probe=asked, ticket=ticket)
+    try:
+        answer = await stub.Paths(request, timeout=timeout_s, wait_for_ready=True)
+    except grpc.aio.AioRpcError as error:
+        raise WorkerLost(f"{endpoint} did not tell its paths: {error.details()}") from None
+    return decode_info(answer.worker), [decode_path(path) for path in answer.paths]

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from core.errors import QueueFull, WorkerLost
 from core.messages import PathReport, Peer, Role, WorkerInfo
+from router.permits import Permits
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,13 @@ class PairPath:
 
 
 class PathLink(Protocol):
-    async def paths(self, probe: Peer | None) -> Sequence[PathReport]:
-        """What comes to a worker; proved from one peer, if one is given. Raises WorkerLost."""
+    async def paths(self, probe: Peer | None, ticket: bytes) -> Sequence[PathReport]:
+        """What comes to a worker; proved from one peer, if one is given, with a ticket for that. Raises WorkerLost."""
         ...
 
 
 Member = tuple[WorkerInfo, PathLink]
+WITHOUT_TICKETS = Permits(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,15 @@ class PathReply:
 class PathSurvey:
     """`members`: the workers that are up now. `names`: all that there should be."""
 
-    def __init__(self, members: Callable[[], Sequence[Member]], names: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        members: Callable[[], Sequence[Member]],
+        names: Sequence[str] = (),
+        permits: Permits = WITHOUT_TICKETS,
+    ) -> None:
         self._members = members
         self._names = names
+        self._permits = permits
         self._probing = asyncio.Lock()
 
     async def known(self) -> PathReply:
@@ -75,23 +83,27 @@ class PathSurvey:
 
     async def _probe(self, prefill: Member, decode: Member) -> list[PairPath]:
         """The prefill worker is the one that dials, so it is asked first."""
-        back = await _asked(decode, prefill, _peer(decode), needed=False)
-        return [await _asked(prefill, decode, _peer(prefill), needed=True), back]
+        back = await self._proved(decode, prefill, needed=False)
+        return [await self._proved(prefill, decode, needed=True), back]
 
     async def _rows(self, prefill: Member, decode: Member) -> list[PairPath]:
-        forth = await _asked(prefill, decode, None, needed=True)
-        return [forth, await _asked(decode, prefill, None, needed=False)]
+        forth = await _asked(prefill, decode, None, b"", needed=True)
+        return [forth, await _asked(decode, prefill, None, b"", needed=False)]
+
+    async def _proved(self, source: Member, receiver: Member, *, needed: bool) -> PairPath:
+        ticket = self._permits.probe(_peer(source), _peer(receiver))
+        return await _asked(source, receiver, _peer(source), ticket, needed=needed)
 
 
 def _peer(member: Member) -> Peer:
     return Peer(member[0].worker, member[0].handoff_endpoint)
 
 
-async def _asked(source: Member, receiver: Member, probe: Peer | None, *, needed: bool) -> PairPath:
+async def _asked(source: Member, receiver: Member, probe: Peer | None, ticket: bytes, *, needed: bool) -> PairPath:
     """What the receiver says of the path from the source."""
     row = PairPath(source[0].worker.name, receiver[0].worker.name, needed=needed)
     try:
-        reports = await receiver[1].paths(probe)
+        reports = await receiver[1].paths(probe, ticket)
     except WorkerLost as error:
         return replace(row, trouble=error.message)
     report = next((report for report in reports if report.peer == source[0].worker), None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
+
 from core.messages import Peer
-from core.security.tickets import Claims, Purpose, Tickets, prefix_hash
+from core.security.tickets import Claims, Purpose, Tickets, prefix_hash, probe_claims
 from router.generation import GenerationRequest
 
 
@@ -24,6 +26,12 @@ class Permits:
     ) -> bytes:
         """For the first `tokens` of the prompt."""
         return self._sign(Purpose.LEND, request, attempt, lender, borrower, request.prompt_ids[:tokens], left_s)
+
+    def probe(self, source: Peer, receiver: Peer) -> bytes:
+        """For the receiver to prove the path from this source."""
+        if self._tickets is None:
+            return b""
+        return self._tickets.sign(probe_claims(source, receiver, secrets.token_hex(8)))
 
     def _sign(
         self,

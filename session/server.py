@@ -60,7 +60,8 @@ MAX_PROMPT_TOKENS = 4 * 2**20
 _ROLES = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE, Role.AGGREGATED: pb.ROLE_AGGREGATED}
 _FINISHES = {None: pb.FINISH_UNSPECIFIED, FinishReason.STOP: pb.FINISH_STOP, FinishReason.LENGTH: pb.FINISH_LENGTH}
 
-PathsOf = Callable[[Peer | None], Awaitable[Sequence[PathReport]]]  # proves the path from this peer first, if any
+# Proves the path from a peer first, if one is given, with the ticket for that. Raises BadTicket.
+PathsOf = Callable[[Peer | None, bytes], Awaitable[Sequence[PathReport]]]
 
 ServerContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -125,7 +126,12 @@ class WorkerServicer(session_pb2_grpc.WorkerServicer):
         source, which dials, and then the receiver.
         """
         probe = _decode_peer(request.probe) if request.HasField("probe") else None
-        return pb.PathsReply(paths=[_encode_path(report) for report in await self._paths(probe)])
+        try:
+            reports = await self._paths(probe, request.ticket)
+        except BatonError as error:
+            await context.abort(grpc.StatusCode[error.grpc_code], error.message)
+            raise AssertionError("abort raises") from None
+        return pb.PathsReply(paths=map(_encode_path, reports), worker=_encode_info(self._tier.info))
 
     def close(self) -> None:
         """End every stream, so that their calls return before the server stops."""

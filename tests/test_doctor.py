@@ -13,9 +13,12 @@ from router_front import front, on_socket, say, tiny_tokenizer
 from baton import __main__ as cli
 from baton import doctor
 from baton.doctor_judgement import TCP, Finding, judge
-from core.errors import QueueFull, WorkerLost
+from core.errors import BadTicket, QueueFull, WorkerLost
 from core.messages import PathReport, Peer, Role, WorkerId, WorkerInfo
+from core.security.gate import Gate
+from core.security.tickets import Tickets
 from router.path_survey import PairPath, PathReply, PathSurvey
+from router.permits import Permits
 
 GOOD = PairPath("p", "d", "ucx", "rc_mlx5/mlx5_0:1", 2e10, 2e-5, 0.1)
 SHM = PairPath("p", "d", "shm", "", 5e9, 4e-5, 0.1)
@@ -44,6 +47,7 @@ def test_a_good_cluster_has_no_findings() -> None:
         ("no session with d at unix:/tmp/d within 5 s; the log of either worker says why", "firewalls"),
         ("no path; shm: the peer does not have it", "same --transport"),
         ("shm failed: p@7 is gone", "log"),
+        ("d did not tell its paths: no ticket", "--ticket-key-file"),
     ],
 )
 def test_each_trouble_has_its_advice(trouble: str, advice: str) -> None:
@@ -120,12 +124,14 @@ class ScriptedLink:
     def __init__(self, *reports: PathReport) -> None:
         self.reports = reports
         self.probed: list[Peer | None] = []
+        self.tickets: list[bytes] = []
         self.lost = False
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def paths(self, probe: Peer | None) -> Sequence[PathReport]:
+    async def paths(self, probe: Peer | None, ticket: bytes) -> Sequence[PathReport]:
         self.probed.append(probe)
+        self.tickets.append(ticket)
         await self.gate.wait()
         if self.lost:
             raise WorkerLost("no session")
@@ -149,6 +155,25 @@ async def test_a_probe_asks_the_dialling_end_first_and_a_look_disturbs_nobody() 
     assert p.probed[1:] == [Peer(WorkerId("d", 7), "unix:/d")] and d.probed[1:] == [Peer(WorkerId("p", 7), "")]
     d.lost = True
     assert (await survey.known()).pairs[0] == PairPath("p", "d", trouble="no session")
+
+
+async def test_each_probe_has_a_ticket_of_its_own_for_that_worker_and_peer() -> None:
+    tickets = Tickets([b"k" * 32])
+    p, d = ScriptedLink(), ScriptedLink(FROM_P)
+    members = [(info("p", Role.PREFILL), p), (info("d", Role.DECODE), d)]
+    survey = PathSurvey(lambda: members, permits=Permits(tickets))
+    await survey.known()
+    assert p.tickets == d.tickets == [b""]
+    await survey.probed()
+    gate, source = Gate(tickets, info("d", Role.DECODE)), Peer(WorkerId("p", 7), "")
+    gate.probe(source, d.tickets[1])
+    with pytest.raises(BadTicket, match="used before"):
+        gate.probe(source, d.tickets[1])
+    for wrong in (p.tickets[1], b"", d.tickets[1][:-1]):
+        with pytest.raises(BadTicket):
+            gate.probe(source, wrong)
+    await survey.probed()
+    gate.probe(source, d.tickets[2])
 
 
 async def test_one_probe_at_a_time() -> None:

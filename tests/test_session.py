@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 
 from core.clock import monotonic_s
-from core.errors import EngineError, InvalidRequest, WorkerLost
+from core.errors import BadTicket, EngineError, InvalidRequest, WorkerLost
 from core.messages import (
     Cancel,
     FinishReason,
@@ -29,7 +29,8 @@ from core.messages import (
     WorkerInfo,
 )
 from core.sampling import SamplingParams
-from router.client import SessionTimes, WorkerClient
+from core.security.channels import Channels
+from router.client import SessionTimes, Visitor, WorkerClient
 from router.workers import Lost, Workers
 from session.desk import Desk
 from session.feed import HEARTBEAT_S, MAX_PENDING, Feed
@@ -197,9 +198,11 @@ class Wire:
         self.server.add_insecure_port(self.endpoint)
         await self.server.start()
 
-    async def paths(self, probe: Peer | None) -> list[PathReport]:
+    async def paths(self, probe: Peer | None, ticket: bytes) -> list[PathReport]:
         if probe is None:
             return []
+        if ticket != b"good":
+            raise BadTicket("no ticket")
         return [PathReport(probe.worker, "ucx", probe.endpoint, 2.5e9, 3e-5, 1.5, "slow")]
 
     async def up(self) -> None:
@@ -343,10 +346,18 @@ class TestOverGrpc:
 
     async def test_paths_cross_the_wire_as_they_are(self, wire: Wire) -> None:
         await wire.up()
-        assert await wire.client.paths(None) == []
+        assert await wire.client.paths(None, b"") == []
         peer = Peer(WorkerId("p", 2**62), "unix:/tmp/p")
         report = PathReport(peer.worker, "ucx", peer.endpoint, 2.5e9, 3e-5, 1.5, "slow")
-        assert await wire.client.paths(peer) == [report]
+        assert await wire.client.paths(peer, b"good") == [report]
+        with pytest.raises(WorkerLost, match="no ticket"):
+            await wire.client.paths(peer, b"bad")
+        visitor = Visitor(wire.endpoint, Channels())
+        assert await visitor.info(5.0) == INFO and await visitor.paths(peer, b"good") == [report]
         await wire.server.stop(0)
         with pytest.raises(WorkerLost):
-            await wire.client.paths(None)
+            await visitor.info(0.2)
+        await visitor.close()
+        wire.client._stub = None
+        with pytest.raises(WorkerLost):
+            await wire.client.paths(None, b"")

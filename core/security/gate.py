@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 from core.errors import BadTicket
 from core.messages import Lend, Peer, Submit, WorkerInfo
-from core.security.tickets import MAC_BYTES, Claims, Purpose, Tickets, prefix_hash
+from core.security.tickets import MAC_BYTES, Claims, Purpose, Tickets, prefix_hash, probe_claims
 
 SPENT_LIMIT = 65536
 
@@ -50,6 +50,11 @@ class Gate:
         if self._tickets is not None:
             claims = _claims(Purpose.LEND, lend, self._me, lend.peer, lend.prompt_ids)
             self._let_in(self._tickets, [(lend.ticket, claims)])
+
+    def probe(self, source: Peer, ticket: bytes) -> None:
+        """Raises BadTicket unless we may reach this peer, and prove the path from it."""
+        if self._tickets is not None:
+            self._let_in(self._tickets, [(ticket, probe_claims(source, self._me))])
 
     def _let_in(self, tickets: Tickets, shown: list[tuple[bytes, Claims]]) -> None:
         """All of them or none."""

@@ -32,6 +32,7 @@ MAX_SHOWN_CHARS = 160
 _LABEL = b"baton ticket\0"  # the key signs nothing else that begins like this
 _HEAD = struct.Struct(f"<BBIII{PREFIX_BYTES}s")
 _NUMBER = struct.Struct("<Q")
+PROBE_LIFETIME_S = 60.0
 _LOOSE = ("tenant", "lifetime_s")  # what a worker does not know for itself
 
 
@@ -40,6 +41,7 @@ class Purpose(enum.Enum):
 
     HANDOFF = 1  # the whole prompt, from the prefill worker to the decode worker; or nothing moves: a local prefill
     LEND = 2  # the prompt's beginning, from a worker that has it cached to the one that computes the rest
+    PROBE = 3  # a test page alone, to prove the path
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,12 @@ def prefix_hash(prompt_ids: Sequence[int], salt: bytes) -> bytes:
     h = hashlib.sha256(len(salt).to_bytes(4, "little") + salt)
     h.update(array("I", prompt_ids))
     return h.digest()
+
+
+def probe_claims(source: Peer, receiver: Peer, nonce: str = "") -> Claims:
+    """For the receiver to reach this source and fetch its test page. `nonce`: since each ticket is good once."""
+    prefix = bytes(PREFIX_BYTES)
+    return Claims(Purpose.PROBE, "probe", 1, source, receiver, prefix, 0, PROBE_LIFETIME_S, tenant=nonce)
 
 
 class Tickets:
