@@ -33,6 +33,7 @@ from kvtransfer.paths import Paths, PathTerms
 from kvtransfer.proof import Measure, pattern, pattern_digests
 from kvtransfer.shm import ShmTransport
 from kvtransfer.transport import Piece
+from kvtransfer.ucx import UcxTransport
 
 LAYOUT = PageLayout(kv_heads=2, layers=2, page_size=16, head_dim=64, dtype="float32")  # 32 KiB
 PAGES = 8
@@ -403,6 +404,53 @@ async def test_a_peer_forgotten_at_any_point_is_lost_and_can_be_met_again(rig: R
         await fetched(p, d)
     await rig.meet(p, d)
     await fetched(p, d)
+
+
+async def test_over_the_real_transports_a_pair_falls_back_to_ucx_and_both_are_met_again() -> None:
+    """Shared memory ends, then the source cuts UCX off as well; another session brings each of them back."""
+    now_s = 0.0
+    frames = {P: Frames.shared(LAYOUT, PAGES), D: Frames.shared(LAYOUT, PAGES)}
+    paths = {
+        me: Paths({"shm": ShmTransport(), "ucx": UcxTransport(tls="tcp")}, host=HERE, clock=lambda: now_s)
+        for me in (P, D)
+    }
+    renewed: list[WorkerId] = []
+    p, d = paths[P], paths[D]
+    d.renew = renewed.append
+    for me in (P, D):
+        await paths[me].serve(frames[me], XXH3)
+    frames[P].buffer[:] = Random(1).randbytes(len(frames[P].buffer))
+
+    async def session() -> None:
+        await d.meet(P, await p.invite(D))
+        await p.meet(D, await d.invite(P))
+
+    async def comes_over(transport: str) -> None:
+        async with asyncio.timeout(10.0):
+            await d.fetch(P, 1, [Piece(page, 0, page) for page in range(PAGES)])
+        assert frames[D].buffer == frames[P].buffer and d.snapshot()[0].transport == transport
+        frames[D].buffer[:] = bytes(len(frames[D].buffer))
+
+    await session()
+    await comes_over("shm")
+    (pair,) = d._pairs.values()
+    await d._give_up(pair, pair.routes[0], "for a test")
+    await comes_over("ucx")
+    assert d.snapshot()[0].lanes.startswith("tcp/") and "shm failed: for a test" in d.snapshot()[0].trouble
+    await p._transports["ucx"].forget(D)
+    with pytest.raises(PeerLost, match="no path; shm: for a test; ucx: "):
+        await comes_over("ucx")
+    now_s += PAUSE_S[0]
+    with pytest.raises(PeerLost):
+        await comes_over("ucx")
+    assert renewed == [P]
+    await session()
+    await comes_over("shm")
+    await d._give_up(pair, pair.routes[0], "again")
+    await comes_over("ucx")
+    for me in (D, P):
+        await paths[me].close()
+        frames[me].close()
 
 
 async def test_a_settled_path_settles_until_another_one_has_been_used() -> None:

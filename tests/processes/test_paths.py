@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -80,6 +81,10 @@ class ByHand:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.key_file = folder / "key"
+        self.key_file.write_text(secrets.token_hex(32))
+        self.key_file.chmod(0o600)
+        self._key = ("--ticket-key-file", str(self.key_file))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.addresses: dict[str, str] = {}
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -87,11 +92,11 @@ class ByHand:
     def worker(self, name: str, role: str, *flags: str) -> None:
         self.addresses[name] = address = f"127.0.0.1:{free_port()}"
         where = ("--name", name, "--role", role, "--model", str(MODEL), "--listen", address)
-        self._start(name, "worker", *where, *SMALL, "--insecure", *flags)
+        self._start(name, "worker", *where, *SMALL, *self._key, *flags)
 
     def router(self) -> None:
         port = self.url.rpartition(":")[2]
-        flags = ("--model", str(MODEL), "--workers", self.workers, "--port", port, "--insecure")
+        flags = ("--model", str(MODEL), "--workers", self.workers, "--port", port, *self._key)
         self._start("router", "router", *flags)
 
     @property
@@ -158,7 +163,9 @@ class TestByHand:
             hand.worker("d", "decode", *flags)
             hand.router()
             hand.wait()
-            code, found = doctor("--workers", hand.workers)  # a pair that was never used
+            code, found = doctor("--workers", hand.workers)
+            assert code == 1 and "--ticket-key-file" in found["findings"][0]["advice"], "nobody dials for a stranger"
+            code, found = doctor("--workers", hand.workers, "--ticket-key-file", str(hand.key_file))
             assert code == 0 and [pair["transport"] for pair in found["pairs"]] == ["ucx", "ucx"]
             assert said(hand.url) == said(disaggregated.url)
             assert "serves on " + hand.addresses["d"] in hand.log("d")
