@@ -52,8 +52,9 @@ def start_prefill_anew(cluster: Cluster) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_history_of_a_chat_is_fetched_from_decode(aggregated: Cluster) -> None:
-    with serving("--prefill", "2", workers=3) as cluster:
+@pytest.mark.parametrize("transport", ["shm", "ucx"])
+def test_the_history_of_a_chat_is_fetched_from_decode(transport: str, aggregated: Cluster) -> None:
+    with serving("--prefill", "2", "--transport", transport, workers=3) as cluster:
         talks = second_turns(cluster)
         assert cluster.total("baton:fetched_tokens_total") == 0
         start_prefill_anew(cluster)
