@@ -138,8 +138,12 @@ class HandoffDialer:
         broken = None if reader.cancelled() else reader.exception()
         if isinstance(broken, HandoffError):
             raise broken
-        if broken is None or isinstance(broken, grpc.aio.AioRpcError | TimeoutError):
-            log.info("session with %s ended: %r", peer.worker, broken)
+        if broken is None:
+            log.info("session with %s ended", peer.worker)
+        elif isinstance(broken, grpc.aio.AioRpcError):
+            log.info("session with %s broke: %s", peer.worker, broken.code().name)
+        elif isinstance(broken, TimeoutError):
+            log.info("session with %s: no answer within %.0f s", peer.worker, ANSWER_S)
         else:
             log.error("session with %s ended by our own fault", peer.worker, exc_info=broken)
         return up

@@ -138,7 +138,7 @@ class HandoffSessions(handoff_pb2_grpc.HandoffServicer):
         except BatonError as error:
             log.warning("ended the session with %s: %s", source, error)
         except grpc.aio.AioRpcError as error:
-            log.info("session with %s broke: %s", source, error.code())
+            log.info("session with %s broke: %s", source, error.code().name)
         finally:
             line.end()
 
