@@ -10,7 +10,7 @@ from baton.logs import set_up_logs
 
 
 @pytest.fixture
-def root() -> Iterator[logging.Logger]:
+def root(capsys: pytest.CaptureFixture[str]) -> Iterator[logging.Logger]:
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     root.handlers.clear()
@@ -23,7 +23,7 @@ def root() -> Iterator[logging.Logger]:
 def fail_with(error: BaseException) -> None:
     try:
         raise error
-    except BaseException:  # noqa: BLE001  (the one that was raised)
+    except BaseException:
         logging.getLogger("some.server").exception("Exception in a call")
 
 
