@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc.aio
@@ -247,6 +248,10 @@ SUBMIT = Submit(
     finished=(1,),
     salt=b"\x00salt",
     priority=-3,
+    lender=Peer(WorkerId("d1", 4), "unix:/d1"),
+    lent_tokens=160,
+    ticket=b"ticket",
+    loan_ticket=b"loan",
 )  # fmt: skip
 
 
@@ -258,6 +263,16 @@ class TestOverGrpc:
                 await asyncio.sleep(0.01)
         assert wire.tier.submitted == [SUBMIT]
         assert wire.workers.info(INFO.worker) == INFO
+
+    async def test_a_loan_is_asked_for_as_it_was_sent(self, wire: Wire) -> None:
+        lend = Lend("r", 2, tuple(range(32)), Peer(WorkerId("p0", 3), "unix:/p0"), 7.5, b"salt", b"ticket")
+        assert wire.workers.lend(INFO.worker, replace(lend, prompt_ids=())), "it is sent, and ignored there"
+        assert wire.workers.lend(INFO.worker, lend)
+        async with asyncio.timeout(10):
+            while not wire.tier.lent:
+                await asyncio.sleep(0.01)
+        assert wire.tier.lent == [lend]
+        assert not wire.workers.lend(WorkerId("d9", 1), lend), "nobody to tell"
 
     async def test_tokens_failures_and_cancels(self, wire: Wire) -> None:
         wire.workers.submit(INFO.worker, SUBMIT)
