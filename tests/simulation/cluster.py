@@ -31,7 +31,7 @@ from tests.simulation.router import SimRouter
 VOCABULARY = 997
 POISON = VOCABULARY - 1  # a prompt that begins with it kills every worker that computes it
 FORGOTTEN_S = 7.5  # a dead router's requests are: five seconds, a sweep each second, and what a step takes
-FEED_S = 0.05  # a worker that does something looks for news so often
+FEED_S = 0.1  # a worker that does something looks for news so often
 IDLE_FEED_S = 0.25  # and one that does nothing
 
 
@@ -228,7 +228,6 @@ class SimWorker:
     def leaks(self) -> list[str]:
         """What is held though nothing runs."""
         pool = self.worker.pool
-        pool.check()
         held = {state: count for state, count in pool.counts().items() if count and state not in ("free", "cached")}
         found = [f"{self.id}: {count} pages {state}" for state, count in held.items()]
         if not self.worker.engine.is_idle:
@@ -288,6 +287,7 @@ class SimCluster:
         self.parting = Parting()
         self.parting.on_heal.append(self._release)
         self.messages = 0
+        self._waiting: dict[int, list[asyncio.Future[None]]] = {}
         self.on_message: Callable[[int], None] | None = None  # called with the number of each message
         self.poisoned: list[WorkerId] = []  # workers that a poison request has killed
         self.violations: list[str] = []  # what was seen on the way
@@ -399,8 +399,17 @@ class SimCluster:
 
     def sent(self) -> None:
         self.messages += 1
+        for waits in self._waiting.pop(self.messages, ()):
+            if not waits.done():
+                waits.set_result(None)
         if self.on_message is not None:
             self.on_message(self.messages)
+
+    async def more_messages(self, count: int, patience_s: float = 4.0) -> None:
+        """Returns when so many more have been sent, or nothing has come of it."""
+        waits = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(self.messages + count, []).append(waits)
+        await asyncio.wait([waits], timeout=patience_s)
 
     def link_delay_s(self) -> float:
         return self._link_random.uniform(0.0, 0.001)
@@ -419,9 +428,9 @@ class SimCluster:
     async def generate(self, request: GenerationRequest) -> list[Step]:
         return await self.routers[0].generate(request)
 
-    def check(self) -> None:
+    def check(self, *, busy_only: bool = False) -> None:
         for worker in self.alive.values():
-            if not worker.dead:
+            if not worker.dead and (worker.busy or not busy_only):
                 worker.check()
 
     def leaks(self) -> list[str]:
@@ -438,6 +447,7 @@ class SimCluster:
         until_s = loop.time() + patience_s
         while (leaks := self.leaks()) and loop.time() < until_s:
             await asyncio.sleep(0.5)
+        self.check()
         return leaks
 
     async def close(self) -> None:

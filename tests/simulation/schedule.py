@@ -32,8 +32,9 @@ CLEAR = frozenset({"no_capacity", "deadline_exceeded", "poison_request"})  # wha
 QUIET_S = 60.0  # by then nothing is held any more
 LATE_S = 0.5  # past a deadline
 TENANTS = (b"a", b"b")
+LEAST_MESSAGES = 300  # of a schedule
 EAGER = Terms(local_prefill_tokens=32, lend_tokens=16, loan_s=0.0)  # history is borrowed wherever it can be
-LOOK_S = 0.2  # how often the books are read while it runs
+LOOK_S = 0.5  # how often the books are read while it runs
 
 
 @dataclass
@@ -171,7 +172,7 @@ class Schedule:
             pages=120 if alone else rng.choice([48, 120]),
             mischief=Mischief(),
             two_sided=rng.random() < 0.5,
-            step_s=rng.choice([0.002, 0.002, 0.02, 0.2]),
+            step_s=rng.choice([0.002, 0.002, 0.002, 0.02, 0.02, 0.2]),
             terms=rng.choice([Terms(local_prefill_tokens=32), EAGER]),
         )
         await cluster.start()
@@ -180,9 +181,11 @@ class Schedule:
                 router.saga._budget = RetryBudget(level=2.0)
         began_s = loop.time()
         looking = cluster.spawn(self._look())
-        requests = [asyncio.create_task(self._arrive(n)) for n in range(rng.randrange(9, 14))]
+        requests = [asyncio.create_task(self._arrive(n)) for n in range(rng.randrange(7, 11))]
         kinds = self._kinds if self._kinds is not None else self._draw()
         await asyncio.gather(*[self._strike(kind) for kind in kinds], *requests)
+        while cluster.messages < LEAST_MESSAGES:
+            await self._arrive(len(self._clients) + 100)
         looking.cancel()
         cluster.fabric.mischief = Mischief()
         await self._settle()
@@ -230,7 +233,7 @@ class Schedule:
         tail = [rng.randrange(POISON) for _ in range(rng.choice([1, 5, 16, 40, 100]))]
         prompt = shared[: rng.choice([0, 0, 16, 64, 100, 160])] + tail
         params = SamplingParams(
-            max_tokens=rng.randrange(2, 40),
+            max_tokens=rng.randrange(1, 40),
             n=rng.choice([1, 1, 1, 2]),
             temperature=rng.choice([0.0, 1.0]),
             seed=rng.randrange(1000),
@@ -257,11 +260,7 @@ class Schedule:
         if self.rng.random() < 0.5:
             await asyncio.sleep(self.rng.uniform(0.0, 1.2))
             return
-        wanted = self.cluster.messages + self.rng.randrange(1, 600)
-        for _ in range(2000):
-            if self.cluster.messages >= wanted:
-                return
-            await asyncio.sleep(0.002)
+        await self.cluster.more_messages(self.rng.randrange(1, 600))
 
     async def _poison(self) -> bool:
         """A request that kills whoever computes it."""
@@ -279,7 +278,7 @@ class Schedule:
         while True:
             await asyncio.sleep(LOOK_S)
             try:
-                self.cluster.check()
+                self.cluster.check(busy_only=True)
             except AssertionError as error:
                 self._violated("I3", f"the books of a pool: {error}")
                 return
