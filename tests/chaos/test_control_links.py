@@ -98,12 +98,7 @@ FAULTS: dict[str, Fault] = {
     "throttled": throttle,
     "delayed": delay,
 }
-QUICK = {
-    ("cut", "router-decode"),
-    ("half-open, back", "router-prefill"),
-    ("reset, then refused", "prefill-decode"),
-    ("half-open, both", "prefill-decode"),
-}
+QUICK = {("half-open, forth", "router-decode"), ("reset, then refused", "prefill-decode")}
 
 
 @pytest.mark.timeout(240)

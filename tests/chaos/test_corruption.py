@@ -17,7 +17,7 @@ from tests.chaos.pair import P, RealPair, real_pair
 from tests.chaos.transports import NAMES
 
 LAYOUT = PageLayout(kv_heads=2, layers=1, page_size=16, head_dim=64, dtype="uint8")  # 4 KiB
-FEW, MANY = 1_000, 6_000  # injections, over each transport
+FEW, MANY = 1_000, 5_000  # injections, over each of two transports
 AT_ONCE = 12
 MOST_PAGES = 9
 

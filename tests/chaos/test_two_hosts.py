@@ -67,7 +67,7 @@ FAULTS: dict[str, tuple[Fault, float]] = {
     "both links throttled to 2 Mbit/s": (lambda hosts: hosts.throttle("2mbit", *LINKS), SHORT_S),
     "packets lost, repeated and swapped": (lambda hosts: hosts.harm(lose=0.01, repeat=0.02, swap=0.02), SHORT_S),
 }
-QUICK = {"data link cut", "data link half-open, P mute", "data link throttled to 2 Mbit/s"}
+QUICK = {"data link cut", "data link half-open, P mute"}
 
 
 @pytest.mark.timeout(240)
