@@ -60,6 +60,7 @@ CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 DENIED_S = 1.0  # a worker that will not have us is asked again, but not as one that may be starting
+UNREACHED = 3  # a worker that starts is not there yet, and that is nothing to speak of
 WHY_S = 0.2  # to hear why a channel does not become ready
 PROBE_S = 20.0  # a worker needs some seconds to find that a peer cannot be reached, and for each path to it
 
@@ -88,6 +89,7 @@ class WorkerClient:
         """`channels` None: plain ones."""
         self._channels = channels or Channels()
         self._trouble = ""  # why there is no session, as last said
+        self._unreached = 0  # times in a row
         self._endpoint = endpoint
         self._router = router
         self._workers = workers
@@ -171,7 +173,9 @@ class WorkerClient:
                 async with asyncio.timeout(self._times.connect_s):
                     await channel.channel_ready()
             except TimeoutError:
-                self._say_trouble(await _why_not(stub))
+                self._unreached += 1
+                if self._unreached >= UNREACHED:
+                    self._say_trouble(await _why_not(stub))
                 return
             self._stub = stub
             try:
@@ -255,6 +259,7 @@ class WorkerClient:
         if self._worker is not None and self._worker != info.worker:
             self._down()
         self._worker, self._broken_s, self._heard_s, self._trouble = info.worker, None, self._clock(), ""
+        self._unreached = 0
         self._workers.up(info, self)
 
     def _down(self) -> None:
