@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from baton.tier import WorkerTier, policy_for
+from baton.tier import SWEEP_S, WorkerTier, policy_for
 from core.clock import Clock
 from core.messages import Role, WorkerId, WorkerInfo
 from core.security.gate import Gate
@@ -41,8 +41,6 @@ from prefill_service.borrower import Borrower
 from prefill_service.policy import PrefillPolicy
 from prefill_service.service import PrefillService
 from session.outlet import Outlet
-
-SWEEP_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from prefill_service.service import PrefillService
 log = logging.getLogger(__name__)
 
 LOAD_PERIOD_S = 0.05
+SWEEP_S = 0.2  # how often `sweep` is called
 LOCAL_SHARE = 0.25  # of a decode worker's time, at most, goes to prompts that it prefills beside its batch
 RATE_WEIGHT = 0.2  # of the newest step in the running means
 
@@ -77,6 +78,7 @@ class WorkerTier:
         self.draining = False
         self._load = Load()
         self._load_s = float("-inf")
+        self._swept_s = clock()
         self._changes = 0
         self.prefill_rate = 0.0  # tokens per second of steps that are mostly prompts
         self._step_s = 0.0
@@ -168,6 +170,8 @@ class WorkerTier:
 
     def sweep(self) -> None:
         """Deadlines, and queues whose back-off has passed. Called several times a second."""
+        swept_s, self._swept_s = self._swept_s, self._clock()
+        self._metrics.loop_lag(max(0.0, self._swept_s - swept_s - SWEEP_S))
         if self.prefill is not None:
             self.prefill.pump()
         if self.decode is not None:

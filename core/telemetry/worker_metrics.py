@@ -36,6 +36,9 @@ class WorkerMetrics:
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of one step", TOKEN_BUCKETS)
         self._step_s = self._histogram("baton:step_seconds", "Duration of one step", STEP_BUCKETS_S)
         labels = dict(zip(LABELS, self._where, strict=True))
+        self._lag_s = self._histogram(
+            "baton:loop_lag_seconds", "How late the event loop came round: leases are renewed by it", STEP_BUCKETS_S
+        )
         self.handoffs = HandoffMetrics(self._registry, labels)
         self.paths = PathMetrics(self._registry, labels)
         self.reclaims = Reclaims(clock, self.handoffs.reclaimed)
@@ -53,6 +56,10 @@ class WorkerMetrics:
     def step(self, tokens: int, step_s: float) -> None:
         self._step_tokens.labels(*self._where).observe(tokens)
         self._step_s.labels(*self._where).observe(step_s)
+
+    def loop_lag(self, lag_s: float) -> None:
+        """Between steps only: a step that keeps the interpreter to itself shows here."""
+        self._lag_s.labels(*self._where).observe(lag_s)
 
     def requests(self, running: int, waiting: int) -> None:
         self._running.labels(*self._where).set(running)
