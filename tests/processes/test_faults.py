@@ -171,8 +171,11 @@ async def given_up(cluster: Cluster) -> AsyncIterator[Load]:
 
 @ALONE
 async def test_clients_leave_in_every_state(cluster: Cluster, right: References, per_tier: int) -> None:
+    timed = {name: cluster.total(f"baton:cancel_to_reclaim_seconds_{name}") for name in ("count", "sum")}
     async with given_up(cluster) as load:
         await load.leave()
+    taken = {name: cluster.total(f"baton:cancel_to_reclaim_seconds_{name}") - old for name, old in timed.items()}
+    assert taken["count"] > 0 and taken["sum"] / taken["count"] < 2.0, f"a step or a chunk each: {taken}"
     await serves_on(cluster, right, per_tier, "after left")
 
 

@@ -31,6 +31,10 @@ def test_a_long_prompt_is_handed_off(client: OpenAI, disaggregated: Cluster) -> 
     reply = client.chat.completions.create(model=NAME, messages=LONG, temperature=0, max_tokens=20)
     assert reply.choices[0].message.content
     assert reply.usage is not None and reply.usage.prompt_tokens > 128
+    cost = (reply.usage.model_extra or {})["handoff"]
+    assert cost["transferred_tokens"] == reply.usage.prompt_tokens
+    assert cost["transfer_s"] > 0 and cost["exposed_transfer_s"] > 0 and 0 <= cost["overlap"] <= 1
+    assert disaggregated.total("baton:transferred_bytes_total") >= cost["transferred_bytes"] > 0
 
     def both_have_counted() -> bool:
         return disaggregated.total("baton:handoffs_total", "outcome", "committed") == before + 2
