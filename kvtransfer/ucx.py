@@ -25,7 +25,7 @@ from kvtransfer.digest import SegmentDigest
 from kvtransfer.frames import Frames
 from kvtransfer.transport import Arrival, Piece
 from kvtransfer.ucx_asking import Fetch, Pool
-from kvtransfer.ucx_library import Region, load
+from kvtransfer.ucx_library import Context, Region, load
 from kvtransfer.ucx_peer import House, Limits, UcxPeer
 from kvtransfer.ucx_settings import Fabric
 from kvtransfer.ucx_thread import ProgressThread
@@ -76,7 +76,7 @@ class UcxTransport:
         log.info("UCX %s: %s", self._library.version, " ".join(f"{k}={v}" for k, v in sorted(self.settings.items())))
         thread = ProgressThread(self._clock, self._spin_s)
         try:
-            context = await _answer(thread.call(lambda: self._library.context(self.settings)))
+            context = await _answer(thread.call(self._open))
         except BaseException:
             thread.stop()
             raise
@@ -91,6 +91,12 @@ class UcxTransport:
             check_epoch=self._check_epoch,
             on_lanes=self._fabric.check,
         )
+
+    def _open(self) -> Context:
+        """With a worker made and destroyed: only that opens the devices."""
+        context = self._library.context(self.settings)
+        context.worker().close()
+        return context
 
     def _serving(self) -> House:
         assert self._house is not None, "serve first"

@@ -103,7 +103,10 @@ class Asking:
         self._finish(fetch)
 
     def _ask(self) -> None:
-        """Fill the window."""
+        """Fill the window, in few messages: when it is empty, or half of it is free."""
+        under_way = len(self._pages) + len(self._abandoned)
+        if under_way and under_way > self._window // 2:
+            return
         while self._fetches and (room := self._window - len(self._pages) - len(self._abandoned)) > 0:
             fetch = self._fetches[0]
             asks = self._next(fetch, min(room, MAX_ENTRIES))

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from core.clock import Clock
-from core.errors import HandoffError, PeerLost
+from core.errors import ConfigError, HandoffError, PeerLost
 from core.messages import WorkerId
 from kvtransfer.ucx_answering import Answering
 from kvtransfer.ucx_asking import Asking, Fetch, Pool
@@ -42,11 +42,17 @@ SECRET_BYTES = 8
 class Limits:
     """When a peer is too slow, and how much is under way at a time."""
 
-    window: int = 8  # pages asked for at a time
+    window_bytes: int = 16 << 20  # asked for at a time
+    window_pages: tuple[int, int] = (4, 64)  # but at least and at most so many
     grace_s: float = 2.0  # without a byte, before the rate counts
     slowest_bytes_per_s: float = 20e6
-    fetch_s: float = 60.0  # of one fetch, in all
+    fetch_s: float = 120.0  # of one fetch, in all
     cancel_s: float = 0.1  # until a page that is being filled is full, after a cancel
+
+    def window(self, page_bytes: int) -> int:
+        """In pages."""
+        least, most = self.window_pages
+        return max(least, min(most, self.window_bytes // page_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +84,18 @@ class UcxPeer:
         self._endpoint: Endpoint | None = None
         self._hearing: deque[tuple[Request, bytearray, int]] = deque()  # control messages that are arriving
         self._early: list[Control] = []
+        self._before = -1  # the nonce of what the peer was before: what it still says is dropped
         self._landed_at_s = 0.0
         self._landed_bytes = 0
         self._lanes: tuple[str, ...] = ()
-        self._asking = Asking(house.pool, house.random(32), house.limits.window, self._say_asks)
+        window = house.limits.window(house.pool.frames.layout.page_bytes)
+        self._asking = Asking(house.pool, house.random(32), window, self._say_asks)
         self._answering = Answering(house.pool, self._send, self._say_verdicts, house.check_epoch)
 
     # --- commands --------------------------------------------------------------------------------------------
 
     def invite(self) -> bytes:
-        """Raises PeerLost when it was cut off, ConfigError when UCX can make no worker."""
+        """Raises PeerLost when it was cut off, or when UCX has no room for another worker."""
         worker = self._open()
         layout = self._house.pool.frames.layout
         pages = self._house.pool.frames.pages
@@ -96,7 +104,10 @@ class UcxPeer:
     def _open(self) -> Worker:
         self._check()
         if self._worker is None:
-            self._worker = self._house.context.worker()
+            try:
+                self._worker = self._house.context.worker()
+            except ConfigError as error:  # it was possible when we began to serve
+                raise PeerLost(error.message) from None
             self.fd = self._worker.fd
             self._house.thread.add(self)
         return self._worker
@@ -116,11 +127,14 @@ class UcxPeer:
                 return
             self._hang_up(PeerLost(f"{self.peer} began anew"))
             self._check()
+        if self.met is not None and self.met.nonce != theirs.nonce:
+            self._before = self.met.nonce
         self.met = theirs
         self._connect(worker, theirs)
         early, self._early = self._early, []
         for message in early:
-            self._handle(message)
+            self._guard(lambda message=message: self._handle(message))  # type: ignore[misc]
+        self._check()
         self._house.thread.rouse(self)
 
     def _connect(self, worker: Worker, theirs: Descriptor) -> None:
@@ -268,8 +282,10 @@ class UcxPeer:
         return heard
 
     def _handle(self, message: Control) -> None:
+        if message.nonce == self._before:
+            return
         if self.met is None or message.nonce != self.met.nonce:
-            self._early.append(message)  # of a worker that we have not met yet, or not any more
+            self._early.append(message)  # of a worker that we have not met yet
             if len(self._early) > MAX_EARLY:
                 raise HandoffError("too many messages from a worker that was never met")
         elif message.asks:
