@@ -77,7 +77,7 @@ class Outlet:
         older = self._routers.get(router)
         if older is not None and older.lost_s is None:
             older.end()
-        missing = [message for key, next_index in resume.items() for message in self._missing(key, next_index)]
+        missing = [message for key, next_index in resume.items() for message in self._missing(router, key, next_index)]
         # What it lacks comes on top of the bound: a resumption that overflowed would end, and begin, for ever.
         queue = self._routers[router] = RouterQueue(asyncio.Queue(self._queue_messages + len(missing)))
         held = [key for key, item in self._held.items() if item.router == router]
@@ -157,10 +157,10 @@ class Outlet:
         if queue is not None:
             queue.put(message)
 
-    def _missing(self, key: Key, next_index: tuple[int, ...]) -> list[TokenBatch | RequestFailed]:
+    def _missing(self, router: str, key: Key, next_index: tuple[int, ...]) -> list[TokenBatch | RequestFailed]:
         """What a router lacks of one attempt, from these indices on, in messages of bounded size."""
         held = self._held.get(key)
-        if held is None:
+        if held is None or held.router != router:  # nor does it tell one router of another's requests
             return [RequestFailed(*key, code="worker_lost", message="this worker does not know the request")]
         items = [part for item in held.tokens if (part := _after(item, next_index)) is not None]
         starts = range(0, len(items), RESUMED_ITEMS)

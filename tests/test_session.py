@@ -121,6 +121,15 @@ class TestOutlet:
         (failed,) = self.drain(again)
         assert (failed.request_id, failed.code) == ("unknown", "worker_lost")  # type: ignore[attr-defined]
 
+    async def test_another_routers_request_is_not_told(self) -> None:
+        self.outlet.open("a", {})
+        self.outlet.hold("a", ("r", 1))
+        self.outlet.send([token(0)])
+        other, dropped = self.outlet.open("b", {("r", 1): (0,)})
+        assert dropped == []
+        (failed,) = self.drain(other)
+        assert (failed.request_id, failed.code) == ("r", "worker_lost")  # type: ignore[attr-defined]
+
     async def test_a_full_queue_ends_the_session_and_loses_nothing(self) -> None:
         queue, _ = self.outlet.open("a", {})
         self.outlet.hold("a", ("r", 1))
