@@ -66,9 +66,7 @@ async def real_pair(transport: str, layout: PageLayout, seed: int) -> AsyncItera
     d_transport = DamagingTransport(make_transport(transport), damage)
     await p_transport.serve(p_frames, XXH3)
     await d_transport.serve(d_frames, XXH3)
-    p = Sending(
-        P, p_frames, p_transport, monotonic_s, Random(seed), fingerprint=fingerprint, offload=asyncio.to_thread
-    )
+    p = Sending(P, p_frames, p_transport, monotonic_s, Random(seed), fingerprint=fingerprint, offload=asyncio.to_thread)
     d = Receiving(D, d_frames, d_transport, monotonic_s, fingerprint=fingerprint, counters=faults)
     service = grpc.aio.server(options=server.KEEPALIVE)
     d.link.start(server.add_handoff_service(service, d.link))

@@ -140,5 +140,3 @@ def running(parts: Parts, workers: int) -> Iterator[Parts]:
         parts.assert_nothing_left()
     finally:
         parts.destroy()
-
-

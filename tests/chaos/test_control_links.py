@@ -7,44 +7,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import pytest
 
-from tests.chaos.parts import Parts, router, running, worker
+from tests.chaos.proxied import LINKS, Rig, proxied
 from tests.chaos.proxy import ChaosProxy, Proxies
 from tests.chaos.table import Table
 from tests.chaos.traffic import References, references, traffic
-from tests.processes.cluster import free_port
 
 HOLDS_S = 5.0  # longer than a router waits for a worker's word, shorter than a lease
-LINKS = ["router-prefill", "router-decode", "prefill-decode"]
-
-
-@dataclass
-class Rig:
-    cluster: Parts
-    proxies: Proxies
-    links: dict[str, ChaosProxy]
-
 
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
-    """One prefill and one decode worker; every connection between the three goes through a proxy of its own."""
-    ports, proxies = [free_port() for _ in range(3)], Proxies()
-    p, d = (f"127.0.0.1:{port}" for port in ports[:2])
-    links = dict(zip(LINKS, (proxies.add("127.0.0.1", ports[n]) for n in (0, 1, 1)), strict=True))
-    at = {name: f"127.0.0.1:{proxy.port}" for name, proxy in links.items()}
-    parts = [
-        worker("prefill-0", "prefill", p),
-        worker("decode-0", "decode", d, "--advertise", at["prefill-decode"]),
-        router({"prefill-0": at["router-prefill"], "decode-0": at["router-decode"]}, "127.0.0.1", ports[2]),
-    ]
-    try:
-        with running(Parts(f"http://127.0.0.1:{ports[2]}", parts), workers=2) as cluster:
-            yield Rig(cluster, proxies, links)
-    finally:
-        proxies.close()
+    with proxied() as rig:
+        yield rig
 
 
 @pytest.fixture(scope="module")
