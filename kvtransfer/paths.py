@@ -46,6 +46,7 @@ class PathTerms:
     """Seconds."""
 
     proof_s: float = 5.0  # a path that has not carried the pattern by then does not work
+    renew_s: float = 2.0  # a pair without a path waits so long for the session that it has asked for
     period_s: float = 60.0  # a path in use is measured again after so long
     expect: Expectation = ANY
 
@@ -181,11 +182,20 @@ class Paths:
         return pair.current
 
     async def _choose(self, pair: _Pair) -> None:
-        """The first that can be proved."""
+        """The first that can be proved; without any, those that another session brings back."""
+        await self._try_all(pair)
+        if pair.current is None and self._ask_for_another_session(pair):
+            try:
+                async with asyncio.timeout(self._terms.renew_s), self._met:
+                    await self._met.wait_for(lambda: pair.forgotten or any(route.met for route in pair.routes))
+            except TimeoutError:
+                return
+            await self._try_all(pair)
+
+    async def _try_all(self, pair: _Pair) -> None:
         for route in to_try(pair.routes, self._clock()):
             if not pair.forgotten and pair.current is None and await self._prove(pair, route):
                 self._take(pair, route)
-        self._ask_for_another_session(pair)
 
     def _take(self, pair: _Pair, route: Route) -> None:
         """From now on pages come this way."""
@@ -261,14 +271,16 @@ class Paths:
             self._take(pair, better)
             log.info("pages of %s come over %s again", pair.peer, better.name)
 
-    def _ask_for_another_session(self, pair: _Pair) -> None:
-        """A transport that was cut off has new things to tell. Asked once in a pause."""
+    def _ask_for_another_session(self, pair: _Pair) -> bool:
+        """A transport that was cut off has new things to tell. Asked once in a pause; whether it was now."""
         now_s = self._clock()
         lost = [route for route in pair.routes if not route.met and route.is_due(now_s)]
         for route in lost:
             route.retry_s = now_s + route.pause_s
-        if lost and not pair.forgotten:
-            self.renew(pair.peer)
+        if not lost or pair.forgotten:
+            return False
+        self.renew(pair.peer)
+        return True
 
     # --- the end -----------------------------------------------------------------------------------------------
 
@@ -279,6 +291,8 @@ class Paths:
         pair = self._pairs.pop(peer, None)
         if pair is not None:
             pair.forgotten = True
+            async with self._met:
+                self._met.notify_all()
         await asyncio.gather(*(transport.forget(peer) for transport in self._transports.values()))
 
     async def close(self) -> None:

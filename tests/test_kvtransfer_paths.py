@@ -192,7 +192,7 @@ class Rig:
 
     async def add(self, me: WorkerId, host: Host, **terms: Any) -> End:
         inner = {"shm": MemoryTransport(me, self.shm), "ucx": MemoryTransport(me, self.ucx)}
-        seed = Random(me.incarnation).randbytes
+        seed, terms = Random(me.incarnation).randbytes, {"renew_s": 0.2, **terms}
         paths = Paths(inner, host=host, clock=lambda: self.now_s, terms=PathTerms(**terms), random_bytes=seed)
         end = End(me, paths, Frames.anonymous(LAYOUT, PAGES))
         paths.on_fallback = lambda peer, transport: end.fallbacks.append((peer, transport))
@@ -305,12 +305,30 @@ async def test_without_a_path_the_error_says_what_was_tried_and_another_session_
     rig.now_s += PAUSE_S[0]
     with pytest.raises(PeerLost, match="no path"):
         await fetched(p, d)
-    assert d.renewed == [P]
+    assert d.renewed == [P], "and nobody came in time"
     for fabric in (rig.shm, rig.ucx):
         fabric.join(P, p.frames, XXH3)
+    rig.now_s += PAUSE_S[1]
+    waiting = asyncio.ensure_future(fetched(p, d))
+    await until(lambda: d.renewed == [P, P])
     await rig.meet(p, d)
-    await fetched(p, d)
+    await waiting
     assert row(d).transport == "shm"
+
+
+async def test_a_pair_that_waits_for_another_session_is_lost_when_it_is_forgotten(rig: Rig) -> None:
+    p, d = await rig.pair()
+    rig.shm.kill(P)
+    rig.ucx.kill(P)
+    with pytest.raises(PeerLost, match="no path"):
+        await fetched(p, d)
+    rig.now_s += PAUSE_S[0]
+    waiting = asyncio.ensure_future(d.paths.fetch(P, 1, [Piece(1, 0, 1)]))
+    await until(lambda: d.renewed == [P])
+    async with asyncio.timeout(0.15):
+        await d.paths.forget(P)
+        with pytest.raises(PeerLost, match="was cut off"):
+            await waiting
 
 
 async def test_a_pair_with_nothing_in_common_says_why(rig: Rig) -> None:
@@ -441,11 +459,10 @@ async def test_over_the_real_transports_a_pair_falls_back_to_ucx_and_both_are_me
     with pytest.raises(PeerLost, match="no path; shm: for a test; ucx: "):
         await comes_over("ucx")
     now_s += PAUSE_S[0]
-    with pytest.raises(PeerLost):
-        await comes_over("ucx")
-    assert renewed == [P]
+    waiting = asyncio.ensure_future(comes_over("shm"))
+    await until(lambda: renewed == [P])
     await session()
-    await comes_over("shm")
+    await waiting
     await d._give_up(pair, pair.routes[0], "again")
     await comes_over("ucx")
     for me in (D, P):
