@@ -109,8 +109,9 @@ class HandoffDialer:
                     if await self._session(peer, handoff_pb2_grpc.HandoffStub(channel)):
                         pause_s = first_s
             except HandoffError as error:
-                self._hung_up.pop(peer.worker, None)
-                self._source.peer_gone(peer.worker, error)
+                if self._hung_up.get(peer.worker) is hung_up:  # else it was hung up, and perhaps dialled anew
+                    del self._hung_up[peer.worker]
+                    self._source.peer_gone(peer.worker, error)
                 return
             try:
                 await asyncio.wait_for(hung_up.wait(), pause_s * self._random.uniform(0.5, 1.0))
