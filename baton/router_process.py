@@ -92,7 +92,7 @@ class RouterProcess:
         saga = Saga(
             self._workers,
             monotonic_s,
-            self._threshold(),
+            Threshold(terms_of(self._options), auto=self._options.local_prefill == "auto"),
             placement_wait_s=self._options.placement_wait_s,
             counters=metrics,
             tickets=self._tickets,
@@ -120,13 +120,6 @@ class RouterProcess:
             await chores.stop()
             tokenizer.close()
 
-    def _threshold(self) -> Threshold:
-        asked = self._options.local_prefill
-        terms = Terms() if self._options.lend == "auto" else Terms(lend_tokens=None)
-        if asked == "auto":
-            return Threshold(terms, auto=True)
-        return Threshold(replace(terms, local_prefill_tokens=int(asked)))
-
     async def _say_ready(self, ready: Callable[[], None]) -> None:
         while len(self._workers.infos()) < len(self._clients):
             await self._workers.changed()
@@ -147,3 +140,9 @@ class RouterProcess:
     async def _worker_metrics(self) -> Sequence[str]:
         pages = await asyncio.gather(*(client.metrics() for client in self._clients.values()))
         return [page.decode() for page in pages]
+
+
+def terms_of(options: RouterOptions) -> Terms:
+    """The numbers of the choice of workers, as far as they are configured."""
+    terms = Terms() if options.lend == "auto" else Terms(lend_tokens=None)
+    return terms if options.local_prefill == "auto" else replace(terms, local_prefill_tokens=int(options.local_prefill))

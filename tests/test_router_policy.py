@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.options import RouterOptions
+from baton.router_process import terms_of
 from core.messages import FinishReason, Load, PagesChanged, Role, Token, Tokens, WorkerId, WorkerInfo
 from router.choose import Candidate, Loan, Need, Terms, choose
 from router.index import PrefixIndex
@@ -105,6 +109,11 @@ class TestChoose:
         d0 = worker("d0", Role.DECODE, cached_tokens=cached_d)
         placement = choose([p0, d0], Need(1500, 10), terms)
         assert placement is not None and placement.loan is None
+
+    def test_operators_switch_lending_off(self) -> None:
+        options = RouterOptions(model="m", workers="", local_prefill="64")
+        assert terms_of(options) == Terms(local_prefill_tokens=64)
+        assert terms_of(replace(options, lend="off", local_prefill="auto")) == Terms(lend_tokens=None)
 
     def test_nobody_borrows_from_a_worker_that_has_failed_it(self) -> None:
         d0, d1 = worker("d0", Role.DECODE, cached_tokens=816), worker("d1", Role.DECODE)
