@@ -41,9 +41,9 @@ class Chores:
             log.error("%s failed", task.get_name(), exc_info=task.exception())
 
     async def stop(self) -> None:
-        """Cancel everything, and wait until it is over."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
+        """Cancel everything, what others begin because of that too, and wait until it is over."""
+        while self._tasks:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
             await asyncio.wait(tasks)

@@ -9,6 +9,7 @@ import pytest
 from core.errors import NoCapacity, PoisonRequest
 from core.messages import Receipt, Token, Tokens
 from core.sampling import SamplingParams
+from kvtransfer.chores import Chores
 from session.outlet import Outlet
 from tests.simulation.cluster import POISON, SimCluster, request_of
 from tests.simulation.virtual_time import run
@@ -76,3 +77,22 @@ def test_a_worker_whose_loss_its_peer_reports_first_counts_as_lost() -> None:
         return jumped
 
     assert run(main()) == 2
+
+
+async def test_a_chore_that_begins_while_the_others_are_stopped_is_stopped_too() -> None:
+    """An offer that was cancelled let the next one begin, which outlived its worker."""
+    chores = Chores()
+
+    async def waits() -> None:
+        await asyncio.sleep(60.0)
+
+    async def begins_another() -> None:
+        try:
+            await waits()
+        finally:
+            chores.spawn(waits(), "another")
+
+    chores.spawn(begins_another(), "one")
+    await asyncio.sleep(0)
+    await chores.stop()
+    assert len(asyncio.all_tasks()) == 1
