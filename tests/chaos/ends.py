@@ -51,6 +51,14 @@ async def process_of(program: Path, *arguments: object) -> AsyncIterator[asyncio
         await process.wait()
 
 
+async def endpoint_of(receiver: asyncio.subprocess.Process) -> str:
+    """Where the receiver's process listens: its first line."""
+    assert receiver.stdout is not None
+    endpoint = (await receiver.stdout.readline()).decode().strip()
+    assert endpoint, "the receiver has ended"
+    return endpoint
+
+
 def tell(process: asyncio.subprocess.Process, *words: object) -> None:
     assert process.stdin is not None
     process.stdin.write((" ".join(map(str, words)) + "\n").encode())

@@ -1,6 +1,6 @@
 """Two hosts on one machine: network namespaces joined by two links, each of which can be cut, throttled or half dead.
 
-    namespace P == wire.py == data: 10.231.1.0/24 (gRPC of the hand-off, UCX) == wire.py == namespace D
+    namespace P == bad_wire.py == data: 10.231.1.0/24 (gRPC of hand-offs, UCX) == bad_wire.py == namespace D
                 ----- control: 10.231.2.0/24 (the router's sessions) -----
     and from D to the test itself: 10.231.3.0/24, which is never touched.
 
@@ -23,7 +23,7 @@ import pytest
 
 TIMEOUT_S = 20.0
 MTU_BYTES = 9000
-WIRE = Path(__file__).with_name("wire.py")
+WIRE = Path(__file__).with_name("bad_wire.py")
 LINKS = {"data": "10.231.1", "control": "10.231.2"}
 P_END, D_END = ".1", ".2"
 TEST_ADDRESS, ROUTER_ADDRESS = "10.231.3.1", "10.231.3.2"
@@ -99,7 +99,7 @@ class Hosts:
                 run("ip", "netns", "exec", host, "tc", "qdisc", "add", "dev", link, "root", *bucket)
 
     def harm(self, **settings: float) -> dict[str, int]:
-        """What the wire does from now on (see wire.Harm); returns how many packets it has harmed so far, and how."""
+        """What the wire does from now on (see bad_wire.Harm); returns how many packets it has harmed so far, and how."""
         assert self._wire is not None and self._wire.stdin is not None and self._wire.stdout is not None
         self._wire.stdin.write(json.dumps(settings) + "\n")
         self._wire.stdin.flush()

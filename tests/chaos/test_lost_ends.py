@@ -21,7 +21,18 @@ from core.errors import BatonError, PeerLost
 from core.messages import Peer, WorkerId
 from kvtransfer.messages import HandoffKey
 from kvtransfer.states import State
-from tests.chaos.ends import HEAD_DIM, RECEIVER, SOURCE, WIDE, process_of, quiet, receiver_here, source_here, tell
+from tests.chaos.ends import (
+    HEAD_DIM,
+    RECEIVER,
+    SOURCE,
+    WIDE,
+    endpoint_of,
+    process_of,
+    quiet,
+    receiver_here,
+    source_here,
+    tell,
+)
 from tests.chaos.table import Row, Table
 from tests.chaos.transports import NAMES
 
@@ -145,8 +156,7 @@ async def test_the_receiver_is_lost(
         prompt = prompt_of(Random(1), TOKENS)
         room = FULL_PAGES if point == "queued" else 4 * FULL_PAGES
         d = await stack.enter_async_context(process_of(RECEIVER, 1, transport, HEAD_DIM, room))
-        assert d.stdout is not None
-        endpoint = (await d.stdout.readline()).decode().strip()
+        endpoint = await endpoint_of(d)
         tell(d, KEY.request_id, KEY.attempt, TOKENS, 1, 1)
         written = counted(p, "write")
         task = asyncio.create_task(
@@ -180,8 +190,7 @@ def source_has_come_to(p: Sending, point: str, written: int) -> bool:
 async def next_receiver(p: Sending, transport: str) -> None:
     """Another incarnation gets the request whole."""
     async with process_of(RECEIVER, 2, transport, HEAD_DIM, 4 * FULL_PAGES) as d:
-        assert d.stdout is not None
-        endpoint = (await d.stdout.readline()).decode().strip()
+        endpoint = await endpoint_of(d)
         tell(d, AGAIN.request_id, AGAIN.attempt, TOKENS, 1, 1)
         await p.prefill(AGAIN, prompt_of(Random(1), TOKENS), Peer(WorkerId("d", 2), endpoint), chunk_s=0.0)
         await until(lambda: AGAIN in p.closed)
