@@ -99,7 +99,7 @@ class Hosts:
                 run("ip", "netns", "exec", host, "tc", "qdisc", "add", "dev", link, "root", *bucket)
 
     def harm(self, **settings: float) -> dict[str, int]:
-        """What the wire does from now on (see bad_wire.Harm); returns how many packets it has harmed so far, and how."""
+        """What the wire does from now on (see bad_wire.Harm). Returns its counts of harmed packets so far."""
         assert self._wire is not None and self._wire.stdin is not None and self._wire.stdout is not None
         self._wire.stdin.write(json.dumps(settings) + "\n")
         self._wire.stdin.flush()
