@@ -15,11 +15,14 @@ class Chores:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopped = False
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._over)
+        if self._stopped:
+            task.cancel()  # the end of another part has begun it
         return task
 
     def every(self, pause_s: float, do: Callable[[], None], name: str) -> None:
@@ -42,6 +45,7 @@ class Chores:
 
     async def stop(self) -> None:
         """Cancel everything, what others begin because of that too, and wait until it is over."""
+        self._stopped = True
         while self._tasks:
             tasks = list(self._tasks)
             for task in tasks:

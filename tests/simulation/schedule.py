@@ -333,6 +333,7 @@ class Schedule:
 
     async def _close(self) -> None:
         await self.cluster.close()
+        await asyncio.sleep(0.001)  # what was cancelled last ends
         left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in left:
             self._violated("I3", f"a task is left: {task.get_name()}")

@@ -96,3 +96,6 @@ async def test_a_chore_that_begins_while_the_others_are_stopped_is_stopped_too()
     await asyncio.sleep(0)
     await chores.stop()
     assert len(asyncio.all_tasks()) == 1
+    late = chores.spawn(waits(), "too late")
+    await asyncio.wait([late])
+    assert late.cancelled()
