@@ -344,6 +344,34 @@ def test_leaving_ends_the_loan_at_both_ends(after_ms: int) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("stopped", ["prefill-0", "decode-0"])
+def test_a_cancel_frees_each_end_though_the_other_has_stopped(stopped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router tells both; neither needs the other's word."""
+    monkeypatch.setattr(saga, "choose", lend_apart)
+
+    async def main() -> None:
+        cluster = SimCluster(8, prefill=1, decode=2, mischief=Mischief(delay_s=0.01))
+        await cluster.start()
+        prompt = await first_turn(cluster, prompt_of(Random(8), 300))
+        lender = cluster.alive[lender_of(cluster, prompt)]
+        borrower = cluster.alive["prefill-0"]
+        halted, other = (borrower, lender) if stopped == "prefill-0" else (lender, borrower)
+        task = asyncio.create_task(cluster.generate(request_of("second", prompt, params_of(0, 500))))
+        while not other.worker.pool.counts()["owned"]:
+            await asyncio.sleep(0.0001)
+        halted.node.stop()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.sleep(0.2)
+        counts = other.worker.pool.counts()
+        assert counts["owned"] == counts["leased"] == 0
+        halted.node.wake()
+        assert await cluster.quiesce() == []
+        await cluster.close()
+
+    run(main())
+
+
 def test_one_end_that_cuts_a_peer_off_cuts_the_other_too() -> None:
     """Pages go both ways between two workers; when one way is cut, the other is met anew, and all tokens are right."""
 
