@@ -34,7 +34,7 @@ from kvtransfer.ucx_wire import Descriptor
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-SPIN_S = 0.0002
+SPIN_S = 50e-6
 
 
 class UcxTransport:

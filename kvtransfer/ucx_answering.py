@@ -18,6 +18,7 @@ from kvtransfer.ucx_library import Region
 from kvtransfer.ucx_wire import FAILED, MAX_ENTRIES, OUT_OF_BOUNDS, SENT, STALE, Ask, Verdict
 
 MAX_SENDS = 1024  # of one peer at a time
+LOOK_AHEAD = 4  # sends that are looked at in a turn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,13 +69,24 @@ class Answering:
         return None
 
     def poll(self) -> bool:
-        over = [send for send in self._sends if send.request.done]
+        over = self._over()
         if not over:
             return False
-        self._sends = [send for send in self._sends if send not in over]
+        for send in over:
+            self._sends.remove(send)
         self._tell([self._judge(send) for send in over])
         self._release()
         return True
+
+    def _over(self) -> list[_Send]:
+        """Pages leave in about the order of their sends: the first few are looked at, each look costs."""
+        over, unfinished = [], 0
+        for send in self._sends:
+            if send.request.done:
+                over.append(send)
+            elif (unfinished := unfinished + 1) == LOOK_AHEAD:
+                break
+        return over
 
     def _judge(self, send: _Send) -> Verdict:
         if send.request.failed:

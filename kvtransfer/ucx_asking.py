@@ -20,6 +20,7 @@ from kvtransfer.ucx_library import Message, Region, Worker
 from kvtransfer.ucx_wire import MAX_ENTRIES, OUT_OF_BOUNDS, SENT, STALE, Ask, Verdict
 
 TAG_BITS = 32  # the lower half counts, the upper half is the pair's secret
+LOOK_AHEAD = 4  # pages being filled that are looked at in a turn
 MAX_FETCHES = 4096  # that wait, of one peer
 
 
@@ -164,7 +165,7 @@ class Asking:
         worker.receive(message, self._scrap)
 
     def poll(self) -> bool:
-        landed = [(tag, page) for tag, page in self._filling.items() if page.receive is not None and page.receive.done]
+        landed = self._landed()
         for tag, page in landed:
             del self._filling[tag]
             page.fetch.filling -= 1
@@ -174,6 +175,16 @@ class Asking:
             self.bytes_landed += self._pool.frames.layout.page_bytes
             self._settle(tag, page)
         return bool(landed)
+
+    def _landed(self) -> list[tuple[int, _Page]]:
+        """Pages fill in about the order of their receives: the first few are looked at, each look costs."""
+        landed, unfinished = [], 0
+        for tag, page in self._filling.items():
+            if page.receive is not None and page.receive.done:
+                landed.append((tag, page))
+            elif (unfinished := unfinished + 1) == LOOK_AHEAD:
+                break
+        return landed
 
     def judged(self, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:

@@ -47,12 +47,7 @@ class Library:
 
     def context(self, settings: Mapping[str, str]) -> Context:
         """Settings by UCX's names, without `UCX_`. Raises ConfigError."""
-        features = (self.core.Feature.TAG, self.core.Feature.WAKEUP)
-        try:
-            return Context(self, self.core.UCXContext(dict(settings), feature_flags=features))
-        except self.core.UCXError as error:
-            shown = " ".join(f"{name}={value}" for name, value in sorted(settings.items()))
-            raise ConfigError(f"UCX does not take these settings: {error}: {shown}") from None
+        return Context(self, dict(settings))
 
 
 def load() -> Library:
@@ -66,19 +61,37 @@ def load() -> Library:
 
 
 class Context:
-    def __init__(self, library: Library, context: Any) -> None:
+    """The devices of this machine as they were when it was made. One that is gone since fails every new worker."""
+
+    def __init__(self, library: Library, settings: Mapping[str, str]) -> None:
         self._library = library
-        self._context = context
+        self._settings = settings
+        self._context = self._look_around()
+
+    def _look_around(self) -> Any:
+        core = self._library.core
+        try:
+            return core.UCXContext(dict(self._settings), feature_flags=(core.Feature.TAG, core.Feature.WAKEUP))
+        except core.UCXError as error:
+            shown = " ".join(f"{name}={value}" for name, value in sorted(self._settings.items()))
+            raise ConfigError(f"UCX does not take these settings: {error}: {shown}") from None
 
     def worker(self) -> Worker:
         """Raises ConfigError where none can be made: no such device, no file descriptors left."""
+        try:
+            return Worker(self._library, self._open())
+        except ConfigError:
+            self._context = self._look_around()  # network devices come and go
+            return Worker(self._library, self._open())
+
+    def _open(self) -> Any:
         core = self._library.core
         try:
             worker = core.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
             worker.init_blocking_progress_mode()
         except core.UCXError as error:
             raise ConfigError(f"UCX cannot open its devices: {error}") from None
-        return Worker(self._library, worker)
+        return worker
 
 
 @dataclass(frozen=True, slots=True)

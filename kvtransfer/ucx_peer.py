@@ -42,8 +42,8 @@ SECRET_BYTES = 8
 class Limits:
     """When a peer is too slow, and how much is under way at a time."""
 
-    window_bytes: int = 16 << 20  # asked for at a time
-    window_pages: tuple[int, int] = (4, 64)  # but at least and at most so many
+    window_bytes: int = 8 << 20  # asked for at a time; more of it falls out of the cache before it is digested
+    window_pages: tuple[int, int] = (2, 64)  # but at least and at most so many
     grace_s: float = 2.0  # without a byte, before the rate counts
     slowest_bytes_per_s: float = 20e6
     fetch_s: float = 120.0  # of one fetch, in all
@@ -200,23 +200,23 @@ class UcxPeer:
         return self._asking.waiting
 
     def poll(self) -> bool:
-        moved = False
-
-        def work() -> None:
-            nonlocal moved
-            moved = self._progress()
-
-        self._guard(work)
-        return moved
+        try:
+            return self._progress()
+        except HandoffError as error:
+            self._break(error)
+            return True
 
     def _guard(self, work: Callable[[], None]) -> None:
         """What breaks a rule costs the peer, and nobody else."""
         try:
             work()
         except HandoffError as error:
-            if self.lost is None:
-                log.warning("%s is cut off: %s", self.peer, error)
-            self.cut(PeerLost(error.message))
+            self._break(error)
+
+    def _break(self, error: HandoffError) -> None:
+        if self.lost is None:
+            log.warning("%s is cut off: %s", self.peer, error)
+        self.cut(PeerLost(error.message))
 
     def _progress(self) -> bool:
         worker = self._worker

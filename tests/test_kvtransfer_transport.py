@@ -81,7 +81,7 @@ async def make_rig(kind: str, **options: Any) -> Rig:
         source = Paths({"memory": MemoryTransport(P, fabric)}, host=host, clock=monotonic_s)
         receiver = Paths({"memory": MemoryTransport(D, fabric)}, host=host, clock=monotonic_s)
     elif kind == "ucx":
-        source, receiver = UcxTransport(**options), UcxTransport(**options)
+        source, receiver = UcxTransport(net_devices="lo", **options), UcxTransport(net_devices="lo", **options)
     else:
         source, receiver = ShmTransport(), ShmTransport(**options)
     await source.serve(theirs, XXH3)

@@ -25,7 +25,7 @@ from kvtransfer.transport import Piece
 from kvtransfer.ucx import UcxTransport
 from kvtransfer.ucx_answering import MAX_SENDS
 from kvtransfer.ucx_calls import Request
-from kvtransfer.ucx_library import Message, Region, Worker
+from kvtransfer.ucx_library import Context, Message, Region, Worker
 from kvtransfer.ucx_peer import Limits, UcxPeer
 from kvtransfer.ucx_settings import Fabric
 from kvtransfer.ucx_wire import (
@@ -292,7 +292,8 @@ class Couple:
 
 async def couple(page_bytes: int = 64 << 10, pages: int = 16, **options: Any) -> Couple:
     layout = layout_of(page_bytes)
-    made = Couple(UcxTransport(), UcxTransport(**options), Frames.shared(layout, pages), Frames.shared(layout, pages))
+    source, receiver = UcxTransport(net_devices="lo"), UcxTransport(**{"net_devices": "lo", **options})
+    made = Couple(source, receiver, Frames.shared(layout, pages), Frames.shared(layout, pages))
     await made.source.serve(made.theirs, XXH3)
     await made.receiver.serve(made.ours, XXH3)
     made.theirs.buffer[:] = Random(1).randbytes(len(made.theirs.buffer))
@@ -346,15 +347,24 @@ async def test_many_peers_come_and_go(pair: Couple) -> None:
         await me.receiver.forget(me.p)
         await me.source.forget(me.d)
 
-    for number in range(100, 110):
+    for number in range(100, 105):
         await come_and_go(number)
     gc.collect()
     before, files = resident_bytes(), open_files()
-    for start in range(200, 240, 8):
+    for start in range(200, 232, 8):
         await asyncio.gather(*(come_and_go(number) for number in range(start, start + 8)))
     gc.collect()
     assert open_files() == files
     assert resident_bytes() - before < 16 << 20
+    assert len(await pair.fetch(1)) == 1
+
+
+async def test_a_transport_that_has_nothing_to_do_sleeps(pair: Couple) -> None:
+    await pair.fetch(*range(16))
+    await asyncio.sleep(0.05)
+    before_s = time.process_time()
+    await asyncio.sleep(1.0)
+    assert time.process_time() - before_s < 0.1
     assert len(await pair.fetch(1)) == 1
 
 
@@ -432,7 +442,7 @@ class Rude:
 
     def __init__(self, theirs: bytes, page_bytes: int) -> None:
         self.theirs = Descriptor.decode(theirs)
-        self.context = ucx_library.load().context({"TLS": "tcp"})
+        self.context = ucx_library.load().context({"TLS": "tcp", "NET_DEVICES": "lo"})
         self.worker = self.context.worker()
         self.endpoint = self.worker.connect(self.theirs.address)
         self.descriptor = Descriptor(self.worker.address, 5, 6, 16, page_bytes).encode()
@@ -573,6 +583,25 @@ async def test_a_fall_back_is_an_error_where_that_was_asked_for_and_a_warning_el
             await asyncio.sleep(0.1)
             assert "not over rc" in caplog.text
         await pair.close()
+
+
+async def test_a_network_device_that_has_gone_does_not_stop_new_peers_from_coming(
+    pair: Couple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[object] = []
+    real = Context._open
+
+    def gone_at_first(self: Context) -> Any:
+        opened.append(self._context)
+        if len(opened) == 1:
+            raise ConfigError("UCX cannot open its devices: No such device")
+        return real(self)
+
+    monkeypatch.setattr(Context, "_open", gone_at_first)
+    other = Couple(pair.source, pair.receiver, pair.theirs, pair.ours, WorkerId("p", 70), WorkerId("d", 80))
+    await other.meet()
+    assert len(await other.fetch(3)) == 1
+    assert opened[0] is not opened[1]
 
 
 async def test_settings_that_ucx_does_not_take_are_a_mistake_of_the_operator() -> None:
