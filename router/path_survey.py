@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -60,8 +60,15 @@ class PathSurvey:
         self._probing = asyncio.Lock()
 
     async def known(self) -> PathReply:
-        """As the workers last proved them, without disturbing anybody."""
-        return await self._ask_all(self._rows)
+        """As the workers last proved them: each is asked once, and nothing is moved."""
+        members = self._there()
+        told = dict(zip(members, await asyncio.gather(*(_told(link, None, b"") for _, link in members)), strict=True))
+        rows = [
+            _row(source, receiver, told[receiver], needed=needed)
+            for prefill, decode in _pairs(members)
+            for source, receiver, needed in ((prefill, decode, True), (decode, prefill, False))
+        ]
+        return self._reply(members, rows)
 
     async def probed(self) -> PathReply:
         """Each path proved now, one after the other, so that they do not measure each other.
@@ -71,42 +78,50 @@ class PathSurvey:
         if self._probing.locked():
             raise QueueFull("the paths are being probed already", retry_after_s=1.0)
         async with self._probing:
-            return await self._ask_all(self._probe)
-
-    async def _ask_all(self, ask: Callable[[Member, Member], Awaitable[list[PairPath]]]) -> PathReply:
-        members = sorted(self._members(), key=lambda member: member[0].worker.name)
-        by_role = {role: [member for member in members if member[0].role is role] for role in Role}
-        pairs = [(prefill, decode) for prefill in by_role[Role.PREFILL] for decode in by_role[Role.DECODE]]
-        rows = [row for prefill, decode in pairs for row in await ask(prefill, decode)]
-        there = {info.worker.name for info, _ in members}
-        return PathReply(tuple(rows), tuple(name for name in self._names if name not in there))
+            members = self._there()
+            rows = [row for prefill, decode in _pairs(members) for row in await self._probe(prefill, decode)]
+            return self._reply(members, rows)
 
     async def _probe(self, prefill: Member, decode: Member) -> list[PairPath]:
         """The prefill worker is the one that dials, so it is asked first."""
         back = await self._proved(decode, prefill, needed=False)
         return [await self._proved(prefill, decode, needed=True), back]
 
-    async def _rows(self, prefill: Member, decode: Member) -> list[PairPath]:
-        forth = await _asked(prefill, decode, None, b"", needed=True)
-        return [forth, await _asked(decode, prefill, None, b"", needed=False)]
-
     async def _proved(self, source: Member, receiver: Member, *, needed: bool) -> PairPath:
         ticket = self._permits.probe(_peer(source), _peer(receiver))
-        return await _asked(source, receiver, _peer(source), ticket, needed=needed)
+        return _row(source, receiver, await _told(receiver[1], _peer(source), ticket), needed=needed)
+
+    def _there(self) -> list[Member]:
+        return sorted(self._members(), key=lambda member: member[0].worker.name)
+
+    def _reply(self, members: Sequence[Member], rows: Sequence[PairPath]) -> PathReply:
+        there = {info.worker.name for info, _ in members}
+        return PathReply(tuple(rows), tuple(name for name in self._names if name not in there))
+
+
+def _pairs(members: Sequence[Member]) -> list[tuple[Member, Member]]:
+    by_role = {role: [member for member in members if member[0].role is role] for role in Role}
+    return [(prefill, decode) for prefill in by_role[Role.PREFILL] for decode in by_role[Role.DECODE]]
 
 
 def _peer(member: Member) -> Peer:
     return Peer(member[0].worker, member[0].handoff_endpoint)
 
 
-async def _asked(source: Member, receiver: Member, probe: Peer | None, ticket: bytes, *, needed: bool) -> PairPath:
-    """What the receiver says of the path from the source."""
-    row = PairPath(source[0].worker.name, receiver[0].worker.name, needed=needed)
+async def _told(link: PathLink, probe: Peer | None, ticket: bytes) -> Sequence[PathReport] | str:
+    """What a worker says of the paths to it, or why it says nothing."""
     try:
-        reports = await receiver[1].paths(probe, ticket)
+        return await link.paths(probe, ticket)
     except WorkerLost as error:
-        return replace(row, trouble=error.message)
-    report = next((report for report in reports if report.peer == source[0].worker), None)
+        return error.message
+
+
+def _row(source: Member, receiver: Member, told: Sequence[PathReport] | str, *, needed: bool) -> PairPath:
+    """What the receiver has said of the path from the source."""
+    row = PairPath(source[0].worker.name, receiver[0].worker.name, needed=needed)
+    if isinstance(told, str):
+        return replace(row, trouble=told)
+    report = next((report for report in told if report.peer == source[0].worker), None)
     if report is None:
         return row
     return replace(
