@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.certificates import Authority
 from tests.processes.cluster import MODEL, PATIENCE_S, ROOT, SMALL, START_S, Cluster, free_port, serving
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
@@ -77,7 +78,7 @@ class TestServed:
 
 
 class ByHand:
-    """Workers and a router that were started one by one."""
+    """Workers and a router that were started one by one, with tickets and mutual TLS."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -85,6 +86,7 @@ class ByHand:
         self.key_file.write_text(secrets.token_hex(32))
         self.key_file.chmod(0o600)
         self._key = ("--ticket-key-file", str(self.key_file))
+        self._authority = Authority(folder / "authority")
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.addresses: dict[str, str] = {}
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -92,12 +94,18 @@ class ByHand:
     def worker(self, name: str, role: str, *flags: str) -> None:
         self.addresses[name] = address = f"127.0.0.1:{free_port()}"
         where = ("--name", name, "--role", role, "--model", str(MODEL), "--listen", address)
-        self._start(name, "worker", *where, *SMALL, *self._key, *flags)
+        self._start(name, "worker", *where, *SMALL, *self._key, *self.tls(role), *flags)
 
     def router(self) -> None:
         port = self.url.rpartition(":")[2]
-        flags = ("--model", str(MODEL), "--workers", self.workers, "--port", port, *self._key)
+        flags = ("--model", str(MODEL), "--workers", self.workers, "--port", port, *self._key, *self.tls("router"))
         self._start("router", "router", *flags)
+
+    def tls(self, role: str) -> tuple[str, ...]:
+        """The flags of a service."""
+        certificate, key = self._authority.issue(role)
+        files = {"cert": certificate, "key": key, "ca": self._authority.certificate}
+        return tuple(f"--tls-{name}={path}" for name, path in files.items())
 
     @property
     def workers(self) -> str:
@@ -163,9 +171,12 @@ class TestByHand:
             hand.worker("d", "decode", *flags)
             hand.router()
             hand.wait()
-            code, found = doctor("--workers", hand.workers)
+            tls = hand.tls("doctor")
+            code, found = doctor("--workers", hand.workers, *hand.tls("prefill"))
+            assert code == 1 and found["missing"] == ["p", "d"], "a prefill worker is no doctor"
+            code, found = doctor("--workers", hand.workers, *tls)
             assert code == 1 and "--ticket-key-file" in found["findings"][0]["advice"], "nobody dials for a stranger"
-            code, found = doctor("--workers", hand.workers, "--ticket-key-file", str(hand.key_file))
+            code, found = doctor("--workers", hand.workers, "--ticket-key-file", str(hand.key_file), *tls)
             assert code == 0 and [pair["transport"] for pair in found["pairs"]] == ["ucx", "ucx"]
             assert said(hand.url) == said(disaggregated.url)
             assert "serves on " + hand.addresses["d"] in hand.log("d")
