@@ -46,7 +46,7 @@ async def _table(options: argparse.Namespace) -> str:
     plan += [(kind, fault.where, [kind], options.runs) for kind, fault in FAULTS.items()]
     plan += [("poison request", "a request that kills whoever computes it", ["poison"], options.runs)]
     plan += [("two to six together", "any of the above, pools of two sizes", None, options.together)]
-    for name, where, kinds, runs in tqdm(plan, unit=" rows", disable=None):
+    for name, where, kinds, runs in tqdm(plan, unit=" rows"):
         outcomes = [
             outcome
             async for outcome in play_many(options.first, seeds=runs, seconds=None, kinds=kinds, jobs=options.jobs)
