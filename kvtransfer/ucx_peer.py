@@ -34,6 +34,7 @@ from kvtransfer.ucx_wire import (
 
 log = logging.getLogger(__name__)
 
+PROGRESS_TURNS = 8  # of UCX's in one of ours, while something moves: ours cost more
 MAX_EARLY = 64  # control messages that came before their sender was met
 SECRET_BYTES = 8
 
@@ -222,7 +223,9 @@ class UcxPeer:
         worker = self._worker
         if worker is None:
             return False
-        moved = worker.progress()
+        moved = more = worker.progress()
+        for _ in range(PROGRESS_TURNS):
+            more = more and worker.progress()
         while (message := worker.probe()) is not None:
             moved = True
             self._take(message, worker)
