@@ -78,7 +78,8 @@ async def test_a_worker_is_lost_in_a_state(
         pytest.skip("only with --chaos-full")
     row = table.row(f"{what.name} of a {victim.partition('-')[0]} worker", "`baton serve --transport ucx`, each state")
     async with traffic(cluster, right, f"{state} {victim} {what.name}") as load:
-        load.send()
+        for _ in range(4 if state == "queued" else 1):
+            load.send()
         await reach(cluster, victim, state)
         await hurt(cluster, load, victim, what)
         await load.recovers(row)
