@@ -77,6 +77,7 @@ def test_a_leaked_lease_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cancel_that_reaches_nobody_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "STEPS_ALONE_S", (0.2,))  # long enough to be held for the dead
     monkeypatch.setattr(Outlet, "sweep", lambda self: [])
     assert "I3" in violations(["kill router"])
 
