@@ -1,6 +1,6 @@
 """The table of docs/reliability.md: each kind of fault alone, at random moments of many runs, and all of them together.
 
-`python -m tests.simulation.table` prints it; `--write` puts it into the page, between its two marks.
+`python -m tests.simulation.table` prints its rows; `--write` puts it into the page, between its two marks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"into {PAGE.relative_to(ROOT)}")
     options = parser.parse_args()
     text = asyncio.run(_table(options))
-    print(text)
     if options.write:
         write(text)
     return 0
@@ -52,6 +51,7 @@ async def _table(options: argparse.Namespace) -> str:
             async for outcome in play_many(options.first, seeds=runs, seconds=None, kinds=kinds, jobs=options.jobs)
         ]
         rows.append(row(name, where, outcomes))
+        tqdm.write(rows[-1])
     return "\n".join(rows)
 
 
