@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from core.clock import Clock
-from core.errors import BadTicket, EngineError, NoCapacity
+from core.errors import BadTicket, EngineError, WorkerDraining
 from core.messages import Cancel, Lend, Load, PagesChanged, Role, Submit, WorkerInfo
 from core.security.gate import Gate
 from core.telemetry.worker_metrics import WorkerMetrics
@@ -94,7 +94,7 @@ class WorkerTier:
         with self._refusals_counted():
             self.gate.admit(submit, as_source=self.prefill is not None)
         if self.draining:
-            raise NoCapacity("this worker is draining")
+            raise WorkerDraining("this worker is draining")
         if self.prefill is not None:
             self.prefill.submit(submit)
         else:

@@ -17,6 +17,7 @@ BatonError
 ├── DeadlineExceeded             504  DEADLINE_EXCEEDED
 ├── WorkerError                  the router may try another worker
 │   ├── WorkerLost               503  UNAVAILABLE
+│   ├── WorkerDraining           503  UNAVAILABLE          takes nothing new; the attempt has not begun there
 │   └── EngineError              500  INTERNAL             a step failed; the error of its requests
 ├── HandoffError                 a page could not be moved; computed again, never guessed
 │   ├── OutOfBounds              500  OUT_OF_RANGE         an index outside the pool
@@ -142,6 +143,12 @@ class WorkerLost(WorkerError):
     http_status = 503
     grpc_code = "UNAVAILABLE"
     code = "worker_lost"
+
+
+class WorkerDraining(WorkerError):
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
+    code = "worker_draining"
 
 
 class EngineError(WorkerError):

@@ -28,6 +28,7 @@ from core.errors import (
     PeerLost,
     PoisonRequest,
     RequestError,
+    WorkerDraining,
     WorkerError,
     WorkerLost,
     leaves,
@@ -60,6 +61,7 @@ class _Run:
     local_refused: bool = False
     decode_spoke: bool = False
     blamed: bool = False  # its last failure named the worker that is at fault
+    failed_at: WorkerId | None = None  # who said that the attempt has failed
     submitted_s: float = 0.0
 
 
@@ -246,6 +248,7 @@ class Saga:
             if worker == run.placement.prefill and run.decode_spoke:
                 return None
             run.blamed = isinstance(message, RequestFailed) and message.blames is not None
+            run.failed_at = worker
             raise _error_of(message)
         if worker == run.placement.decode and not run.decode_spoke:
             run.decode_spoke = True
@@ -272,8 +275,10 @@ class Saga:
             raise error
         if isinstance(error, NoCapacity) and run.placement.prefill is None and not run.local_refused:
             run.local_refused = True  # D's budget for local prefill is taken: a prefill worker's turn
-            self._cancel(run)
-            return
+            return self._again(run)
+        if isinstance(error, WorkerDraining) and run.failed_at is not None and run.failed_at not in run.excluded:
+            run.excluded.add(run.failed_at)  # it had begun nothing: another choice is no retry
+            return self._again(run)
         # A worker that gave up, or heard of its peer's giving up, says Cancelled: our own cancels have no answer.
         if not isinstance(error, WorkerError | HandoffError | NoCapacity | DeadlineExceeded | Cancelled):
             raise error
@@ -289,6 +294,9 @@ class Saga:
         if run.progress.has_emitted:
             self._counters.replayed()
         log.warning("request %s attempt %d failed (%s): again", run.request.request_id, run.attempt, error.message)
+        self._again(run)
+
+    def _again(self, run: _Run) -> None:
         self._cancel(run)
         run.placement = None
 

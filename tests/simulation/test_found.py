@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from random import Random
 
 import pytest
 
@@ -12,6 +13,8 @@ from core.sampling import SamplingParams
 from kvtransfer.chores import Chores
 from session.outlet import Outlet
 from tests.simulation.cluster import POISON, SimCluster, request_of
+from tests.simulation.test_calm import prompt_of
+from tests.simulation.test_faults import finish
 from tests.simulation.virtual_time import run
 
 
@@ -99,3 +102,20 @@ async def test_a_chore_that_begins_while_the_others_are_stopped_is_stopped_too()
     late = chores.spawn(waits(), "too late")
     await asyncio.wait([late])
     assert late.cancelled()
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
+def test_a_worker_that_drains_costs_a_request_no_retry(name: str) -> None:
+    """Routers hear of it a moment later; what they send meanwhile is refused, and nothing has begun."""
+
+    async def main() -> list[str]:
+        cluster = SimCluster(1, prefill=2, decode=2)
+        await cluster.start()
+        for router in cluster.routers:
+            router.saga._budget.level = router.saga._budget.most = 0.0
+        cluster.alive[name].worker.tier.draining = True
+        prompts = [prompt_of(Random(n), 100) for n in range(8)]
+        params = SamplingParams(max_tokens=5, seed=0)
+        return await asyncio.gather(*(finish(cluster, f"r{n}", prompt, params) for n, prompt in enumerate(prompts)))
+
+    assert set(run(main())) == {"right"}
