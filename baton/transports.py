@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 
 from baton.options import WorkerOptions
 from core.clock import Clock
@@ -39,6 +40,8 @@ def _has_ucx() -> bool:
 def _ucx(options: WorkerOptions) -> Transport:
     if importlib.util.find_spec("ucxx") is None:
         raise ConfigError("--transport ucx needs ucxx: install the extra `ucx`, or use --transport shm on one host")
+    # The wheel of UCX sets a variable that this version does not use, and then warns of it on standard output.
+    os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
     from kvtransfer.ucx import UcxTransport  # loads UCX, which a worker on one host does without
 
     return UcxTransport(tls=options.ucx_tls, net_devices=options.ucx_net_devices)
