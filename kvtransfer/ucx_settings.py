@@ -1,7 +1,8 @@
 """What UCX is told, and which fabric is expected of it.
 
 UCX reads its environment, and then takes what is given here: so everything that decides speed or path is given. The
-segment size is worth a factor of five over TCP; both ends are set, since one may not be larger than the other.
+segment size is worth a factor of five over TCP; both ends are set, since one may not be larger than the other. A
+scheme that writes straight into the page (put_zcopy) saves the receiver a copy, and was slower at every segment size.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ log = logging.getLogger(__name__)
 
 CHOSEN: Mapping[str, str] = MappingProxyType(
     {
-        "TCP_TX_SEG_SIZE": "256k",
-        "TCP_RX_SEG_SIZE": "256k",
+        "TCP_TX_SEG_SIZE": "512k",
+        "TCP_RX_SEG_SIZE": "512k",
         "RNDV_THRESH": "intra:8K,inter:8K",  # a page waits at its source until it is received, control messages do not
         "RNDV_SCHEME": "auto",
     }

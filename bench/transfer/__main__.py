@@ -13,7 +13,8 @@ baselines   memcpy     one core copies the same pages between two mappings
             socket     a plain TCP connection over loopback, written in steps of 4 MiB, read into the pool
             nixl       NIXL with its UCX back end at default settings, the better of READ and WRITE
             nixl-best  the best of several UCX settings, chosen anew for each page size by a short trial
-            nixl-polled  (not by default) the same, and its receiver polls instead of having a progress thread
+            nixl-tcp   the best of those that go over TCP, as ours does: shared memory needs no network
+            nixl-polled  (not by default) as nixl-best, and its receiver polls instead of having a progress thread
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from bench.transfer.report import machine, rows_of, table, verdicts
 from bench.transfer.rounds import Measured, Plan, measure
 
 TRANSPORTS = ("shm", "shm-no-digest", "ucx", "ucx-no-digest")
-BASELINES = ("memcpy", "socket", "nixl", "nixl-best")
+BASELINES = ("memcpy", "socket", "nixl", "nixl-best", "nixl-tcp")
 MORE_BASELINES = ("nixl-polled",)
 PAGES = "64K,128K,256K,512K,1M,2M"
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-SEGMENTS = {"UCX_TCP_TX_SEG_SIZE": "256k", "UCX_TCP_RX_SEG_SIZE": "256k"}
+SEGMENTS = {"UCX_TCP_TX_SEG_SIZE": "512k", "UCX_TCP_RX_SEG_SIZE": "512k"}
 NIXL_SETTINGS: tuple[dict[str, str], ...] = (
     {},
     {"UCX_TLS": "posix,sysv,cma,tcp"},
@@ -45,6 +46,7 @@ NIXL_SETTINGS: tuple[dict[str, str], ...] = (
     {"UCX_TLS": "tcp"},
     {"UCX_TLS": "tcp"} | SEGMENTS,
 )
+NIXL_CHOICES = {"nixl": NIXL_SETTINGS[:1], "nixl-tcp": NIXL_SETTINGS[3:]}  # others choose from all
 
 
 def bytes_of(text: str) -> int:
@@ -108,7 +110,7 @@ def choices_of(wanted: list[str], cache: Path) -> tuple[dict[str, list[Contender
         return own, str(error)
     for name in wanted:
         if name.startswith("nixl"):
-            settings = NIXL_SETTINGS[:1] if name == "nixl" else NIXL_SETTINGS
+            settings = NIXL_CHOICES.get(name, NIXL_SETTINGS)
             progress = "polled" if name == "nixl-polled" else "threaded"
             command = (python, "-m", "bench.transfer.nixl_end", progress)
             own[name] = [Contender(name, command, how, one) for one in settings for how in ("READ", "WRITE")]
