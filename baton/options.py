@@ -56,6 +56,12 @@ class WorkerOptions:
     prefill_share: float = option(0.5, help="of the cores, left to a prefill on this machine that has waited")
     prefill_patience_s: float = option(0.5, help="how long such a prefill waits before that")
     served_name: str = option("", help="name of the model in metrics")
+    registry: str = option(
+        "", help="address of the registry: redis://host:port/db, rediss://..., redis+sentinel://...; empty: none"
+    )
+    registry_prefix: str = option("baton", help="name of the cluster in the registry: what its keys begin with")
+    labels: str = option("", help="where it is, for whoever places work: name=value,... such as zone=a,rack=7")
+    drain_s: float = option(30.0, help="after SIGTERM: time to finish what it has, before it hands the rest back")
     ticket_key_file: str = option("", help="file with the key of routers' tickets; the same for every service")
     insecure: bool = option(False, help="serve without tickets: only where nobody else can reach the ports")
     tls_cert: str = option("", help="certificate of this service (PEM); with it, all connections are mutual TLS")
@@ -69,7 +75,11 @@ class WorkerOptions:
 class RouterOptions:
     name: str = option("router", help="name of the router")
     model: str = option(help="folder of the checkpoint: tokenizer and chat template")
-    workers: str = option(help="name=address of each worker, separated by commas")
+    workers: str = option("", help="name=address of each worker, separated by commas; with a registry not needed")
+    registry: str = option(
+        "", help="address of the registry: redis://host:port/db, rediss://..., redis+sentinel://...; empty: none"
+    )
+    registry_prefix: str = option("baton", help="name of the cluster in the registry: what its keys begin with")
     host: str = option("127.0.0.1", help="address to listen on")
     port: int = option(8000, help="port to listen on")
     served_name: str = option("", help="name of the model; the folder's name when empty")
@@ -81,6 +91,7 @@ class RouterOptions:
         choices=("auto", "off"),
     )
     placement_wait_s: float = option(15.0, help="how long a request waits for workers that can take it")
+    drain_s: float = option(30.0, help="after SIGTERM: time to finish the requests that it has")
     ticket_key_file: str = option("", help="file with the key of routers' tickets; the same for every service")
     insecure: bool = option(False, help="serve without tickets: only where nobody else can reach the ports")
     tls_cert: str = option("", help="certificate of this service (PEM); with it, all connections are mutual TLS")

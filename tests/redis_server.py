@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal as signals
 import socket
 import subprocess
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+from tests.servers import need
 
 START_S = 10.0
 
@@ -66,10 +65,9 @@ def _free_port() -> int:
 
 @contextmanager
 def redis_server(folder: Path, *flags: str) -> Iterator[RedisServer]:
-    """Skips the test, with the reason, where there is none."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("no redis-server on this machine")
-    pytest.importorskip("redis", reason="the extra 'redis' is not installed")
+    """Skips or fails the test where there is none: see tests.servers."""
+    need("redis-server")
+    need("redis")
     server = RedisServer(folder, *flags)
     server.start()
     try:
