@@ -31,10 +31,12 @@ from kvtransfer.chores import Chores
 from router.app import Front, build_app
 from router.choose import Terms
 from router.client import WorkerClient
+from router.cluster_watch import ClusterWatch, Identity
 from router.metrics import RouterMetrics
 from router.path_survey import Member, PathSurvey
 from router.permits import Permits
 from router.saga import Saga
+from router.scaling_board import ScalingBoard
 from router.server import http_server
 from router.threshold import Threshold
 from router.tokenizer import load_tokenizer
@@ -97,6 +99,8 @@ class RouterProcess:
             counters=metrics,
             tickets=self._tickets,
         )
+        survey = PathSurvey(self._members, tuple(self._clients), Permits(self._tickets))
+        watch = self._watch(model.names[0], metrics, survey)
         front = Front(
             model=model,
             tokenizer=tokenizer,
@@ -104,13 +108,15 @@ class RouterProcess:
             metrics=metrics,
             health=self._health,
             worker_metrics=self._worker_metrics,
-            survey=PathSurvey(self._members, tuple(self._clients), Permits(self._tickets)),
+            survey=survey,
+            cluster=watch.look,
             version=baton.__version__,
         )
         chores = Chores()
-        for name, client in self._clients.items():
-            chores.spawn(client.run(), f"session with {name}")
-        chores.spawn(self._say_ready(ready), "ready")
+        loops = {f"session with {name}": client.run() for name, client in self._clients.items()}
+        others = {"cluster view": watch.run(), "ready": self._say_ready(ready)}
+        for name, loop in (loops | others).items():
+            chores.spawn(loop, name)
         try:
             server = http_server(build_app(front), self._options.host, self._options.port, STREAM_GRACE_S)
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -119,6 +125,11 @@ class RouterProcess:
         finally:
             await chores.stop()
             tokenizer.close()
+
+    def _watch(self, model: str, metrics: RouterMetrics, survey: PathSurvey) -> ClusterWatch:
+        board = ScalingBoard(None, monotonic_s)
+        identity = Identity(self._options.name, model, baton.__version__, tuple(self._clients))
+        return ClusterWatch(identity, self._workers, metrics, monotonic_s, survey=survey, board=board)
 
     async def _say_ready(self, ready: Callable[[], None]) -> None:
         while len(self._workers.infos()) < len(self._clients):

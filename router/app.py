@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from core.clock import Clock, monotonic_s
 from core.errors import BatonError
 from router.admission import Admission
+from router.cluster_view import ClusterView
 from router.connection import Connection
 from router.generation import Generator
 from router.handler import Handler, random_id, random_seed
@@ -29,7 +30,7 @@ from router.openai_completions import CompletionShape
 from router.path_survey import PathSurvey
 from router.prompts import Prompts
 from router.reply import Shape, json_text
-from router.service_routes import Models, Operations, Paths, Tokens
+from router.service_routes import Cluster, Models, Operations, Paths, Tokens
 from router.tokenizer import ModelTokenizer
 from router.validation import Fields, parse_object
 
@@ -49,6 +50,10 @@ def nobody_surveyed() -> PathSurvey:
     return PathSurvey(tuple)
 
 
+async def nothing_seen() -> ClusterView:
+    return ClusterView("", "", (), (), (), ())
+
+
 @dataclass(frozen=True, slots=True)
 class Front:
     """What the HTTP front is given. `health` raises a BatonError when the service cannot answer."""
@@ -61,6 +66,7 @@ class Front:
     health: Callable[[], Awaitable[None]] = always_healthy
     worker_metrics: Callable[[], Awaitable[Sequence[str]]] = no_workers
     survey: PathSurvey = field(default_factory=nobody_surveyed)
+    cluster: Callable[[], Awaitable[ClusterView]] = nothing_seen
     version: str = "0"
     clock: Clock = monotonic_s
     wall_clock: Callable[[], float] = time.time
@@ -153,6 +159,7 @@ def _service_routes(front: Front, prompts: Prompts) -> list[Route]:
         Route("/health", operations.get_health),
         Route("/metrics", operations.get_metrics),
         Route("/version", operations.get_version),
+        Route("/cluster", Cluster(front.cluster).get),
         Route("/paths", paths.get_known),
         Route("/paths/probe", paths.probe, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),

@@ -24,6 +24,15 @@ class Histogram(Collector):
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        return self._bounds
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """By bucket, not summed up; the last is what was above every bound."""
+        return tuple(self._counts)
+
     def collect(self) -> Iterator[HistogramMetricFamily]:
         buckets = []
         total = 0

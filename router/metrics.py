@@ -31,6 +31,7 @@ class RouterMetrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": "0"}
+        self._admission: Admission | None = None
         self._add_histograms()
         self._add_counters()
 
@@ -71,8 +72,14 @@ class RouterMetrics:
         counter = Counter(f"vllm:{name}", help_text, list(self._labels), registry=self.registry)
         return counter.labels(**self._labels)
 
+    @property
+    def admitted(self) -> tuple[int, int]:
+        """Choices admitted and not ended, and prompt tokens without a first token."""
+        return (self._admission.requests, self._admission.queued_tokens) if self._admission else (0, 0)
+
     def watch(self, admission: Admission) -> None:
         """Shows what is admitted at the moment."""
+        self._admission = admission
         for name, help_text, value in (
             ("inflight_requests", "Choices admitted and not ended.", lambda: admission.requests),
             ("queued_prompt_tokens", "Prompt tokens without a first token.", lambda: admission.queued_tokens),

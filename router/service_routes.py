@@ -4,6 +4,7 @@ text."""
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -11,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from core.errors import InvalidRequest, NoCapacity
+from router.cluster_view import ClusterView
 from router.exposition import merge
 from router.limits import Limits, ServedModel
 from router.metrics import RouterMetrics
@@ -98,6 +100,16 @@ class Paths:
 
     async def probe(self, _: Request) -> Response:
         return json_response(asdict(await self.survey.probed()))
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """GET /cluster: routers, tiers, workers, hand-offs and latencies, as this router sees them."""
+
+    look: Callable[[], Awaitable[ClusterView]]
+
+    async def get(self, _: Request) -> Response:
+        return Response(json.dumps((await self.look()).plain(), allow_nan=False), media_type="application/json")
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,6 +213,16 @@ class Workers:
     def infos(self) -> list[tuple[WorkerInfo, Load]]:
         return [(worker.info, worker.load) for worker in self._workers.values()]
 
+    def attempts_by_pair(self) -> dict[tuple[str, str], int]:
+        """The attempts under way that hand pages over, by the names of their prefill and decode workers."""
+        found: dict[tuple[str, str], int] = {}
+        for inbox in self._inboxes.values():
+            if len(inbox.workers) == 2:
+                decode, prefill = inbox.workers
+                pair = prefill.name, decode.name
+                found[pair] = found.get(pair, 0) + 1
+        return found
+
     async def changed(self) -> None:
         """Returns when a worker has come, gone or reported its load."""
         await self._changed.wait()

@@ -92,6 +92,7 @@ def test_a_long_reason_is_cut_and_still_fits() -> None:
         (b'"ready":2', b'"ready":2,"more":1'),
         (b'"tier":"decode"', b'"tier":""'),
         (b'"tier":"decode"', b'"tier":null'),
+        (b'"reason":"', b'"reason":"\\ud800'),
     ],
 )
 def test_another_versions_or_a_wrong_decision_is_not_read(old: bytes, new: bytes) -> None:

@@ -64,6 +64,7 @@ async def read(store: Store) -> dict[str, Decision]:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
+    value.encode()  # a lone surrogate is a ValueError here, and would be one wherever it is shown
     return value
 
 
