@@ -88,9 +88,9 @@ class Handler:
 
     async def _live(self, call: Call, shape: Shape, connection: Connection, request_id: str) -> None:
         arrived = self.clock()
-        with self.admission.admit(call.choices) as slot:  # admit; undo: the slot is free again
+        with await self.admission.admit(call.choices) as slot:  # admit; undo: the slot is free again
             requests = await self.prompts.requests(call, request_id, self.limits.deadline_s, self.new_seed)  # tokenize
-            slot.queue([len(request.prompt_ids) for request in requests])  # undo: with the slot
+            await slot.queue([len(request.prompt_ids) for request in requests])  # undo: with the slot
             output = Output(call, requests, self.prompts.tokenizer, self.generator.finish_choice)
             writer = self._writer(call, shape, connection, request_id, output)
             with self.metrics.account(requests, output, arrived) as account:  # account; counts any ending

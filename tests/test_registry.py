@@ -384,7 +384,7 @@ async def test_parts_of_a_limit_follow_the_use_and_never_add_up_to_more(store_ma
 
 async def test_a_dead_routers_part_comes_back() -> None:
     shelf = MemoryShelf(monotonic_s)
-    shelf.put(("quota:requests", "dead"), b"90", 0.8)
+    shelf.put(("quota:requests", "dead"), b"90 90", 0.8)
     async with quotas([MemoryStore(shelf)], 100) as (part,):
         part.use(100)
         await until(lambda: part.held > 0)
@@ -414,18 +414,65 @@ async def test_while_the_store_is_away_a_part_stays_and_none_grows_until_all_hav
                 assert one.held >= 40 and other.held >= 40 and one.held + other.held <= 100, how
 
 
+async def test_a_router_with_nothing_gets_its_fair_share_from_one_that_has_everything() -> None:
+    shelf = MemoryShelf(monotonic_s)
+    async with quotas([MemoryStore(shelf), MemoryStore(shelf)], 96) as (greedy, late):
+        greedy.use(96)
+        await until(lambda: greedy.held > 70)
+        used = greedy.held  # all of it is in use, and given back as it ends
+        greedy.use(used, 96)
+        late.use(0, 40)
+        await until(lambda: greedy.held <= 56)
+        assert late.held <= 96 - used
+        while used > 50:
+            used -= 2
+            greedy.use(used, 96)  # it would use all of it again
+            await asyncio.sleep(0.01)
+        await until(lambda: late.held >= 40)
+        assert greedy.held + late.held <= 96
+
+
 # --- poison --------------------------------------------------------------------------------------------------
 
 
 async def test_what_cost_one_router_a_worker_is_known_to_the_others(store_maker: Callable[[], Store]) -> None:
     one, other = PoisonCounts(store_maker(), monotonic_s), PoisonCounts(store_maker(), monotonic_s)
-    await one.cost_a_worker(b"x")
+    one.cost_a_worker(b"x", WorkerId("p0", 1))
+    one.cost_a_worker(b"x", WorkerId("p0", 1))  # several requests with it were lost with the same worker
     assert (one.count(b"x"), other.count(b"x"), one.count(b"y")) == (1, 0, 0)
+    await one.refresh()
     await other.refresh()
     assert other.count(b"x") == 1
-    await other.cost_a_worker(b"x")
+    other.cost_a_worker(b"x", WorkerId("p0", 1))
+    assert other.count(b"x") == 1
+    other.cost_a_worker(b"x", WorkerId("p1", 1))
+    await other.refresh()
     await one.refresh()
     assert one.count(b"x") == other.count(b"x") == 2
+
+
+async def test_what_has_been_answered_is_no_poison_anywhere(store_maker: Callable[[], Store]) -> None:
+    one, other = PoisonCounts(store_maker(), monotonic_s), PoisonCounts(store_maker(), monotonic_s)
+    one.cost_a_worker(b"x", WorkerId("p0", 1))
+    await one.refresh()
+    await other.refresh()
+    other.answered(b"x")
+    assert other.count(b"x") == 0
+    await other.refresh()
+    await one.refresh()
+    assert one.count(b"x") == other.count(b"x") == 0
+
+
+async def test_notes_are_written_again_into_a_store_that_forgot_them() -> None:
+    shelf = MemoryShelf(monotonic_s)
+    one, other = PoisonCounts(MemoryStore(shelf), monotonic_s), PoisonCounts(MemoryStore(shelf), monotonic_s)
+    one.cost_a_worker(b"x", WorkerId("p0", 1))
+    await one.refresh()
+    shelf.clear()
+    for _ in range(2):
+        await one.refresh()
+    await other.refresh()
+    assert other.count(b"x") == 1
 
 
 async def test_counts_hold_here_without_the_store_and_are_bounded_and_forgotten() -> None:
@@ -433,8 +480,8 @@ async def test_counts_hold_here_without_the_store_and_are_bounded_and_forgotten(
     shelf = MemoryShelf(lambda: now_s)
     counts = PoisonCounts(MemoryStore(shelf), lambda: now_s, life_s=10.0, limit=3)
     shelf.away = True
-    for content in (b"a", b"b", b"c", b"d", b"d"):
-        await counts.cost_a_worker(content)
+    for number, content in enumerate((b"a", b"b", b"c", b"d", b"d")):
+        counts.cost_a_worker(content, WorkerId("p", number))
     await counts.refresh()
     assert [counts.count(content) for content in (b"a", b"b", b"c", b"d")] == [0, 1, 1, 2]
     now_s = 11.0

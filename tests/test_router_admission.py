@@ -1,6 +1,7 @@
 """Bounds hold at every moment, and what a request holds comes back however it ends."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from router_front import HELLO, chat, completion, front, in_process, say, tiny_tokenizer
 
 from core.errors import EngineError, QueueFull
-from router.admission import Admission
+from router.admission import Admission, Parts
 from router.limits import Limits
 
 TOKENIZER = tiny_tokenizer()
@@ -23,63 +24,119 @@ class Clock:
         return self.now
 
 
-def test_requests_are_bounded_by_their_choices() -> None:
+async def test_requests_are_bounded_by_their_choices() -> None:
     admission = Admission(Limits(max_requests=4), Clock())
-    with admission.admit(3):
+    with await admission.admit(3):
         with pytest.raises(QueueFull):
-            admission.admit(2)
-        with admission.admit(1):
+            await admission.admit(2)
+        with await admission.admit(1):
             assert admission.requests == 4
     assert admission.requests == 0
 
 
-def test_one_that_is_larger_than_the_bound_is_let_in_alone() -> None:
+async def test_one_that_is_larger_than_the_bound_is_let_in_alone() -> None:
     admission = Admission(Limits(max_requests=2, max_queued_tokens=10), Clock())
-    with admission.admit(8) as slot:
-        slot.queue([100])
+    with await admission.admit(8) as slot:
+        await slot.queue([100])
         with pytest.raises(QueueFull):
-            admission.admit(1)
+            await admission.admit(1)
 
 
-def test_prompt_tokens_wait_until_their_first_token() -> None:
+async def test_prompt_tokens_wait_until_their_first_token() -> None:
     admission = Admission(Limits(max_queued_tokens=100), Clock())
-    with admission.admit(2) as first, admission.admit(1) as second:
-        first.queue([50, 40])
+    with await admission.admit(2) as first, await admission.admit(1) as second:
+        await first.queue([50, 40])
         with pytest.raises(QueueFull):
-            second.queue([20])
+            await second.queue([20])
         first.started(0)
-        second.queue([20])
+        await second.queue([20])
         assert admission.queued_tokens == 60
         first.started(1)
         assert admission.queued_tokens == 20
     assert admission.queued_tokens == 0
 
 
-def test_retry_after_follows_the_rate_of_departures() -> None:
+async def test_retry_after_follows_the_rate_of_departures() -> None:
     clock = Clock()
     admission = Admission(Limits(max_requests=1), clock)
     for _ in range(200):
-        with admission.admit(1):
+        with await admission.admit(1):
             clock.now += 5.0
-    with admission.admit(1), pytest.raises(QueueFull) as caught:
-        admission.admit(1)
+    with await admission.admit(1), pytest.raises(QueueFull) as caught:
+        await admission.admit(1)
     assert caught.value.retry_after_s == pytest.approx(5.0, rel=0.01)
 
 
+class Part:
+    """A part that a test makes grow."""
+
+    def __init__(self, held: int) -> None:
+        self.held, self.is_away, self.was_heard = held, False, True
+        self.wishes: list[tuple[int, int]] = []
+        self.grown: Callable[[], None] = list
+
+    def use(self, used: int, waiting: int = 0) -> None:
+        self.wishes.append((used, waiting))
+
+
+async def test_a_request_waits_a_moment_for_its_routers_part_to_grow() -> None:
+    part = Part(2)
+    admission = Admission(Limits(max_requests=8), Clock(), Parts(requests=part))
+    with await admission.admit(2):
+        third = asyncio.create_task(admission.admit(1))
+        await asyncio.sleep(0.01)
+        assert not third.done() and part.wishes[-1] == (2, 1)
+        part.held = 3
+        part.grown()
+        with await third:
+            assert admission.requests == 3
+            fourth = asyncio.create_task(admission.admit(1))
+            await asyncio.sleep(0.01)
+        with await fourth:  # somebody has left
+            assert admission.requests == 3
+        part.held = 2
+        with pytest.raises(QueueFull):
+            await admission.admit(1)
+    assert part.wishes[-1] == (0, 0)
+
+
+async def test_while_the_store_is_away_what_is_over_the_part_is_refused_at_once() -> None:
+    part = Part(2)
+    admission = Admission(Limits(max_requests=32), Clock(), Parts(requests=part))
+    part.is_away = True
+    with await admission.admit(2), pytest.raises(QueueFull):
+        async with asyncio.timeout(0.1):
+            await admission.admit(1)
+    part.was_heard, part.held = False, 0  # never reached: a sixteenth
+    with await admission.admit(2), pytest.raises(QueueFull):
+        await admission.admit(1)
+
+
+async def test_nobody_is_let_in_beyond_a_part_that_is_nothing() -> None:
+    part = Part(0)
+    admission = Admission(Limits(max_requests=8), Clock(), Parts(requests=part))
+    with pytest.raises(QueueFull):
+        await admission.admit(1)
+    assert (0, 1) in part.wishes
+    part.held = 8
+    with await admission.admit(20):  # larger than the whole bound: let in alone
+        assert admission.requests == 20
+
+
 @given(st.lists(st.tuples(st.integers(1, 8), st.lists(st.integers(1, 50), min_size=1, max_size=3)), max_size=30))
-def test_nothing_stays_behind(calls: list[tuple[int, list[int]]]) -> None:
+async def test_nothing_stays_behind(calls: list[tuple[int, list[int]]]) -> None:
     admission = Admission(Limits(max_requests=16, max_queued_tokens=100), Clock())
     held = []
     for choices, prompts in calls:
         try:
-            slot = admission.admit(choices)
+            slot = await admission.admit(choices)
         except QueueFull:
             if held:
                 held.pop(0).__exit__(None, None, None)
             continue
         held.append(slot.__enter__())
         try:
-            slot.queue(prompts)
+            await slot.queue(prompts)
         except QueueFull:
             held.pop().__exit__(None, None, None)
         assert admission.requests <= 16

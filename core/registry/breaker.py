@@ -1,12 +1,12 @@
 """Keeps a slow or absent store from costing anybody time: a limit per call, and after some failures no calls at all.
 
-    closed --three failures--> open (calls fail at once) --pause--> one call is let through --> closed, or open longer
+closed --three failures--> open (calls fail at once) --pause--> one call is let through --> closed, or open longer
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -51,10 +51,23 @@ class Breaker:
             self._pause_s = min(2 * self._pause_s, PAUSE_S[1])
 
 
-class GuardedStore:
-    """A Store in front of another. `timeout_s` bounds each call; listening is bounded only in how soon it begins."""
+OUTCOMES = ("ok", "failed", "late", "refused")  # refused: by the breaker, without a call
 
-    def __init__(self, store: Store, clock: Clock, timeout_s: float = 0.1) -> None:
+
+def _uncounted(outcome: str) -> None:
+    """Nobody counts."""
+
+
+class GuardedStore:
+    """A Store in front of another. `timeout_s` bounds each call; listening is bounded only in how soon it begins.
+
+    `on_call` is told the outcome of each call, one of OUTCOMES.
+    """
+
+    def __init__(
+        self, store: Store, clock: Clock, timeout_s: float = 0.1, on_call: Callable[[str], None] = _uncounted
+    ) -> None:
+        self.on_call = on_call
         self._store = store
         self._clock = clock
         self._timeout_s = timeout_s
@@ -94,17 +107,21 @@ class GuardedStore:
         """Raises RegistryAway at once while the breaker is open, else within `timeout_s`."""
         if not self._breaker.admits(self._clock()):
             _drop(call)
+            self.on_call("refused")
             raise RegistryAway("the store has failed, and is left alone for a moment")
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await call
         except TimeoutError:
             self._breaker.failed(self._clock())
+            self.on_call("late")
             raise RegistryAway(f"the store did not answer within {self._timeout_s * 1000:.0f} ms") from None
         except RegistryAway:
             self._breaker.failed(self._clock())
+            self.on_call("failed")
             raise
         self._breaker.succeeded()
+        self.on_call("ok")
         return result
 
 

@@ -11,6 +11,7 @@ from core.registry.store import MAX_VALUE_BYTES
 
 VERSION = 1
 MAX_LABELS = 16
+MAX_TROUBLE = 300  # characters
 
 
 class WorkerState(Enum):
@@ -21,12 +22,17 @@ class WorkerState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """`endpoint` is where routers open their sessions. `labels` are those of its place: zone, rack, node."""
+    """`endpoint` is where routers open their sessions. `labels` are those of its place: zone, rack, node.
+
+    `model` names config and tokenizer, which routers have as well; `trouble` says why it is still starting.
+    """
 
     info: WorkerInfo
     endpoint: str
     state: WorkerState
     labels: dict[str, str] = field(default_factory=dict)
+    model: str = ""
+    trouble: str = ""
 
     @property
     def worker(self) -> WorkerId:
@@ -40,6 +46,8 @@ class WorkerRecord:
             "endpoint": self.endpoint,
             "state": self.state.value,
             "labels": self.labels,
+            "model": self.model,
+            "trouble": self.trouble[:MAX_TROUBLE],
         }
         value = json.dumps(plain, separators=(",", ":")).encode()
         assert len(value) <= MAX_VALUE_BYTES and len(self.labels) <= MAX_LABELS, len(value)
@@ -59,6 +67,8 @@ def decode(value: bytes) -> WorkerRecord | None:
             endpoint=_text(plain["endpoint"]),
             state=WorkerState(plain["state"]),
             labels={_text(name): _text(label) for name, label in plain["labels"].items()},
+            model=_text(plain["model"]),
+            trouble=_text(plain["trouble"]),
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
