@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from core.clock import Clock, monotonic_s
 from core.errors import BatonError
-from router.admission import Admission
+from router.admission import Admission, Parts
 from router.cluster_view import ClusterView
 from router.connection import Connection
 from router.generation import Generator
@@ -63,6 +63,7 @@ class Front:
     generator: Generator
     metrics: RouterMetrics
     limits: Limits = field(default_factory=Limits)
+    parts: Parts = field(default_factory=Parts)  # of the limits, where routers share them
     health: Callable[[], Awaitable[None]] = always_healthy
     worker_metrics: Callable[[], Awaitable[Sequence[str]]] = no_workers
     survey: PathSurvey = field(default_factory=nobody_surveyed)
@@ -115,7 +116,7 @@ def _shown_id(client_id: bytes | None, request_id: str) -> bytes:
 
 def build_app(front: Front) -> Starlette:
     """The application. Raises nothing: what it is given has been checked."""
-    admission = Admission(front.limits, front.clock)
+    admission = Admission(front.limits, front.clock, front.parts)
     front.metrics.watch(admission)
     prompts = Prompts(front.tokenizer, front.model)
     handler = Handler(

@@ -3,10 +3,7 @@
     {prefix}:value:GROUP:NAME   SET with PX         {prefix}:names:GROUP    a set; names whose value has gone are pruned
     {prefix}:counter:NAME       SET NX PX, INCRBY   {prefix}:changes:GROUP  a channel
 
-The braces put all keys into one slot, so that a transaction works on a cluster too. Addresses:
-
-    redis://[[user]:password@]host:port/db      rediss:// the same with TLS      unix:///path
-    redis+sentinel://host:port,host:port/service      redis+cluster://host:port
+The braces put all keys into one slot, so that a transaction works on a cluster too. Addresses: core/registry/address.py.
 """
 
 from __future__ import annotations
@@ -136,36 +133,28 @@ def _milliseconds(life_s: float) -> int:
     return max(1, int(life_s * 1000))
 
 
-def open_store(url: str, prefix: str = "baton", *, ca_file: str | None = None) -> RedisStore:
-    """Connects when it is first used. `ca_file`: of the authority of a TLS server. Raises ConfigError."""
-    options: dict[str, Any] = {
-        "socket_timeout": ANSWER_S,
-        "socket_connect_timeout": CONNECT_S,
-        "retry": Retry(NoBackoff(), 0),
-    }
-    parts = urlsplit(url)
-    tls: dict[str, Any] = {"ssl_ca_certs": ca_file} if ca_file else {}
+def open_store(url: str, prefix: str = "baton") -> RedisStore:
+    """Connects when it is first used. Raises ConfigError: an address that means nothing, a file that is none."""
+    address = parse(url)
+    _check_files(address)
     try:
-        if parts.scheme == "redis+sentinel":
-            return RedisStore(_behind_sentinels(url, options), prefix)
-        if parts.scheme in ("redis+cluster", "rediss+cluster"):
-            plain = urlunsplit(parts._replace(scheme=parts.scheme.removesuffix("+cluster")))
-            return RedisStore(RedisCluster.from_url(plain, **options, **tls), prefix)
-        return RedisStore(Redis.from_url(url, max_connections=MAX_CONNECTIONS, **options, **tls), prefix)
+        return RedisStore(_client(address), prefix)
     except (ValueError, TypeError, RedisError) as error:
-        raise ConfigError(f"--registry {parts.scheme}://...: {error}") from error
+        raise ConfigError(f"--registry: {type(error).__name__}: {error}") from error
 
 
-def _behind_sentinels(url: str, options: dict[str, Any]) -> Redis:
-    """redis+sentinel://[password@]host:port,host:port/service"""
-    parts = urlsplit(url)
-    password, _, hosts = parts.netloc.rpartition("@")
-    addresses = [host.rpartition(":") for host in hosts.split(",")]
-    service = parts.path.strip("/")
-    if not service or not all(host and port.isdecimal() for host, _, port in addresses):
-        raise ValueError("write redis+sentinel://host:port,host:port/service")
-    sentinel = Sentinel([(host, int(port)) for host, _, port in addresses], sentinel_kwargs=options)  # type: ignore[no-untyped-call]
-    name_and_password: dict[str, Any] = {"password": password.lstrip(":")} if password else {}
-    found: Redis = sentinel.master_for(service, **options, **name_and_password)
-    return found
-
+def _client(address: Address) -> Any:
+    options = _options(address)
+    if address.kind is Kind.UNIX:
+        return Redis(connection_pool=_pool(UnixDomainSocketConnection, options | {"path": address.place}))
+    if address.kind is Kind.SENTINEL:
+        return _behind_sentinels(address, options)
+    if address.kind is Kind.CLUSTER:
+        nodes = [ClusterNode(host, port) for host, port in address.hosts]
+        secure = {"ssl": address.tls, **_tls(address)}
+        of_pool = ("db", "retry", "driver_info")
+        plain = {name: value for name, value in options.items() if name not in of_pool and not name.startswith("ssl_")}
+        return RedisCluster(startup_nodes=nodes, retry=Retry(NoBackoff(), 1), **plain, **secure)
+    host, port = address.hosts[0]
+    kind = SSLConnection if address.tls else Connection
+    return Redis(connection_pool=_pool(kind, options | {"host": host, "port": port}))
