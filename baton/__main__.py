@@ -50,6 +50,8 @@ COMMANDS = (
     Command("chat", "baton.chat", "talk to a running server in the terminal"),
     Command("batch", "baton.offline", "answer a file of requests (OpenAI batch format) without a server"),
     Command("bench", "baton.bench.command", "load a running server and measure latency and throughput"),
+    Command("status", "baton.status", "one page on a running cluster: tiers, workers, hand-offs, what is wrong"),
+    Command("top", "baton.top", "the same, live in the terminal"),
     Command("doctor", "baton.doctor", "prove and measure every path between the workers of a running server"),
     Command("worker", "baton.worker", "one worker process", hidden=True),
     Command("router", "baton.router_process", "one router process", hidden=True),

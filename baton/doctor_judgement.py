@@ -58,7 +58,7 @@ def judge(reply: PathReply) -> list[Finding]:
     if not reply.pairs and not reply.missing:
         advice = "nothing is handed off: aggregated workers need no path"
         found.append(Finding(False, (), "there is no pair of a prefill and a decode worker", advice))
-    return _merged(found)
+    return merged(found)
 
 
 def _name(row: PairPath) -> str:
@@ -99,7 +99,8 @@ def _outliers(rows: Sequence[PairPath]) -> Iterable[Finding]:
                 yield Finding(True, (_name(row),), later, SLOW_ADVICE)
 
 
-def _merged(found: Sequence[Finding]) -> list[Finding]:
+def merged(found: Sequence[Finding]) -> list[Finding]:
+    """What several have in common is said once."""
     alike: dict[tuple[bool, str, str], list[str]] = defaultdict(list)
     for finding in found:
         alike[finding.wrong, finding.what, finding.advice].extend(finding.where)
