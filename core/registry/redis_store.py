@@ -3,23 +3,27 @@
     {prefix}:value:GROUP:NAME   SET with PX         {prefix}:names:GROUP    a set; names whose value has gone are pruned
     {prefix}:counter:NAME       SET NX PX, INCRBY   {prefix}:changes:GROUP  a channel
 
-The braces put all keys into one slot, so that a transaction works on a cluster too. Addresses: core/registry/address.py.
+The braces put all keys into one slot, so that a transaction works on a cluster too. Addresses:
+core/registry/address.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import ssl
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from core.errors import ConfigError, RegistryAway
+from core.registry.address import Address, Kind, parse
 from core.registry.store import MAX_NAMES, MAX_VALUE_BYTES
 
 T = TypeVar("T")
@@ -29,6 +33,14 @@ ANSWER_S = 0.1
 MAX_CONNECTIONS = 16
 CLOSE_S = 1.0
 PING_S = 5.0  # a listener that hears nothing for so long asks whether the connection is alive
+
+HINTS = (  # part of Redis's own words, and what it comes from
+    ("CERTIFICATE_VERIFY_FAILED", "the server's certificate is not one of the authority that ?ca= names"),
+    ("WRONGPASS", "the user or the password in --registry or BATON_REGISTRY_PASSWORD is wrong"),
+    ("NOAUTH", "this server asks for a password: set BATON_REGISTRY_PASSWORD"),
+    ("read only", "this server is a replica: name the one that takes writes, or the sentinels"),
+    ("maxmemory", "this server is full: give it more memory, or a maxmemory-policy that evicts"),
+)
 
 
 class RedisStore:
@@ -112,7 +124,7 @@ class RedisStore:
             task.cancel()
             raise
         except (RedisError, OSError, asyncio.IncompleteReadError) as error:
-            raise RegistryAway(f"Redis: {type(error).__name__}: {error}") from error
+            raise RegistryAway(f"Redis: {type(error).__name__}: {error}{_hint(str(error))}") from error
 
     def _over(self, call: asyncio.Task[Any]) -> None:
         self._calls.discard(call)
@@ -127,6 +139,11 @@ class RedisStore:
 
     def _channel(self, group: str) -> str:
         return f"{self._prefix}:changes:{group}"
+
+
+def _hint(text: str) -> str:
+    """What to do about the errors that people make."""
+    return next((f" ({hint})" for part, hint in HINTS if part in text), "")
 
 
 def _milliseconds(life_s: float) -> int:
@@ -144,17 +161,75 @@ def open_store(url: str, prefix: str = "baton") -> RedisStore:
 
 
 def _client(address: Address) -> Any:
-    options = _options(address)
-    if address.kind is Kind.UNIX:
-        return Redis(connection_pool=_pool(UnixDomainSocketConnection, options | {"path": address.place}))
-    if address.kind is Kind.SENTINEL:
-        return _behind_sentinels(address, options)
+    common = _options(address)
     if address.kind is Kind.CLUSTER:
         nodes = [ClusterNode(host, port) for host, port in address.hosts]
-        secure = {"ssl": address.tls, **_tls(address)}
-        of_pool = ("db", "retry", "driver_info")
-        plain = {name: value for name, value in options.items() if name not in of_pool and not name.startswith("ssl_")}
-        return RedisCluster(startup_nodes=nodes, retry=Retry(NoBackoff(), 1), **plain, **secure)
+        return RedisCluster(startup_nodes=nodes, retry=Retry(NoBackoff(), 1), **common)
+    one = common | {"retry": Retry(NoBackoff(), 0), "db": address.db}
+    if address.kind is Kind.SENTINEL:
+        return _behind_sentinels(address, one)
+    one["max_connections"] = MAX_CONNECTIONS
+    if address.kind is Kind.UNIX:
+        return Redis(unix_socket_path=address.place, **one)
     host, port = address.hosts[0]
-    kind = SSLConnection if address.tls else Connection
-    return Redis(connection_pool=_pool(kind, options | {"host": host, "port": port}))
+    return Redis(host=host, port=port, **one)
+
+
+def _options(address: Address) -> dict[str, Any]:
+    """Of every connection. The older protocol and no name of the library: a connection begins with fewer questions."""
+    options: dict[str, Any] = {
+        "socket_timeout": ANSWER_S,
+        "socket_connect_timeout": CONNECT_S,
+        "protocol": 2,
+        "driver_info": None,
+        "username": address.user or None,
+        "password": address.password or None,
+    }
+    if address.tls:
+        files = {"ssl_ca_certs": address.ca, "ssl_certfile": address.cert, "ssl_keyfile": address.key}
+        options |= {"ssl": True, "ssl_check_hostname": True, **{name: path for name, path in files.items() if path}}
+    return options
+
+
+class _Sentinels(Sentinel):
+    """Asks all at once: one that does not answer would cost each call its time."""
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        asked = [asyncio.ensure_future(sentinel.sentinel_masters()) for sentinel in self.sentinels]
+        try:
+            for answer in asyncio.as_completed(asked):
+                try:
+                    answered: Any = await answer
+                    state = answered.get(service_name)
+                except RedisError:
+                    continue
+                if state and self.check_master_state(state, service_name):
+                    return str(state["ip"]), int(state["port"])
+        finally:
+            for question in asked:
+                question.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        raise MasterNotFoundError(f"no sentinel knows a server that serves as {service_name!r}")
+
+
+def _behind_sentinels(address: Address, options: dict[str, Any]) -> Redis:
+    of_sentinels = options | {"db": 0}
+    if not address.sentinel_auth:
+        of_sentinels |= {"username": None, "password": None}
+    sentinels = _Sentinels(list(address.hosts), sentinel_kwargs=of_sentinels)  # type: ignore[no-untyped-call]
+    found: Redis = sentinels.master_for(address.place, **options)
+    return found
+
+
+def _check_files(address: Address) -> None:
+    """Raises ConfigError, which names the file."""
+    named = [path for path in (address.ca, address.cert, address.key) if path]
+    for path in named:
+        if not os.access(path, os.R_OK):
+            raise ConfigError(f"--registry: {path} cannot be read")
+    try:
+        context = ssl.create_default_context(cafile=address.ca or None)
+        if address.cert:
+            context.load_cert_chain(address.cert, address.key)
+    except OSError as error:
+        raise ConfigError(f"--registry: {', '.join(named)}: {error}") from error
