@@ -87,8 +87,11 @@ class HandoffCounts:
         self._end = metrics.handoffs.end(end)
         self._reclaims = metrics.reclaims
 
-    def handoff(self, outcome: State, code: str) -> None:
-        self._end.ended(outcome.value)
+    def met(self, peer: WorkerId) -> None:
+        self._end.met(peer.name)
+
+    def handoff(self, peer: WorkerId, outcome: State, code: str) -> None:
+        self._end.ended(peer.name, outcome.value, code)
 
     def pages(self, count: int) -> None:
         self._end.pages(count)
@@ -118,6 +121,7 @@ class Worker:
         self.pool = PagePool(machine.frames.pages, epochs=machine.frames.epochs)
         self.metrics = WorkerMetrics(served_name, info.worker.name, machine.clock)
         self.metrics.cache_config(info.page_size, info.pages_total)
+        self.metrics.role(info.role.name.lower())
         self.outlet = Outlet(machine.clock)
         self.source: HandoffSource | None = None
         self.receiver: HandoffReceiver | None = None

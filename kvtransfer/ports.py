@@ -91,7 +91,11 @@ class Dialer(Sessions, Protocol):
 class Counters(Protocol):
     """Where the hand-off counts. Called on the event loop; must not block or raise."""
 
-    def handoff(self, outcome: State, code: str) -> None:
+    def met(self, peer: WorkerId) -> None:
+        """A hand-off with this peer begins."""
+        ...
+
+    def handoff(self, peer: WorkerId, outcome: State, code: str) -> None:
         """One hand-off has ended; `code` is empty when it was committed."""
         ...
 
@@ -123,7 +127,9 @@ class Counters(Protocol):
 class NoCounters:
     """Counts nothing."""
 
-    def handoff(self, outcome: State, code: str) -> None: ...
+    def met(self, peer: WorkerId) -> None: ...
+
+    def handoff(self, peer: WorkerId, outcome: State, code: str) -> None: ...
 
     def pages(self, count: int) -> None: ...
 

@@ -48,6 +48,7 @@ class ReceiverBooks:
             loan=event.loan,
             ticket=event.ticket,
         )
+        self._counters.met(event.peer)
         self._counters.moved(None, State.QUEUED, 0.0)
 
     def of(self, peer: WorkerId) -> list[Receiving]:
@@ -69,7 +70,7 @@ class ReceiverBooks:
         """Everything is verified."""
         assert record.clear and record.sealed is not None, record
         self.move(record, State.COMMITTED)
-        self._counters.handoff(State.COMMITTED, "")
+        self._counters.handoff(record.peer, State.COMMITTED, "")
         self._counters.pages(len(record.verified))
         self.effects.append(record.commit(self.now_s, self._page_bytes))
         self.say_final(record, Close(record.key, 0, record.stream, State.COMMITTED))
@@ -84,7 +85,7 @@ class ReceiverBooks:
     ) -> None:
         granted = record.state is not State.QUEUED
         self.move(record, State.ABORTED)
-        self._counters.handoff(State.ABORTED, error.code)
+        self._counters.handoff(record.peer, State.ABORTED, error.code)
         self._intake.release(record)
         if not record.clear:
             record.held_back = True

@@ -35,6 +35,7 @@ class SourceBooks:
     def begin(self, record: Sending) -> None:
         self.tombstones.saw(record.key, self.now_s)
         self.records[record.key] = record
+        self._counters.met(record.peer)
         self._counters.moved(None, State.QUEUED, 0.0)
 
     def of(self, peer: WorkerId) -> list[Sending]:
@@ -120,7 +121,7 @@ class SourceBooks:
         self.effects.append(e.Closed(record.key, outcome, error))
 
     def _count(self, record: Sending, outcome: State, code: str) -> None:
-        self._counters.handoff(outcome, code)
+        self._counters.handoff(record.peer, outcome, code)
         if outcome is State.COMMITTED:
             self._counters.pages(len(record.positions))
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
+from core.errors import leaves
 from core.messages import FinishReason
 from router.admission import Admission
 from router.generation import GenerationRequest
@@ -60,6 +61,10 @@ class RouterMetrics:
         self._outcomes = Counter("baton:requests", "Calls by how they ended.", ["outcome"], registry=self.registry)
         self._retries = Counter("baton:retries", "Attempts after the first.", ["reason"], registry=self.registry)
         self._replays = Counter("baton:replays", "Attempts that went on mid-stream.", registry=self.registry)
+        for code in ("ok", *leaves()):  # there from the start: a rate does not miss the first failure
+            self._outcomes.labels(code)
+        for code in leaves():
+            self._retries.labels(code)
         placements = Counter("baton:placements", "Attempts by who prefills.", ["prefill"], registry=self.registry)
         self._placed_local, self._placed_remote = placements.labels("local"), placements.labels("remote")
 

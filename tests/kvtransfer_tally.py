@@ -14,7 +14,9 @@ class Tally:
         self.seen: Counter[object] = Counter()
         self.lasted_s: dict[State, list[float]] = defaultdict(list)
 
-    def handoff(self, outcome: State, code: str) -> None:
+    def met(self, peer: WorkerId) -> None: ...
+
+    def handoff(self, peer: WorkerId, outcome: State, code: str) -> None:
         self.seen[(outcome, code)] += 1
 
     def pages(self, count: int) -> None:

@@ -135,7 +135,8 @@ def test_metrics_show_the_present_paths_and_name_a_bounded_number_of_peers() -> 
     text = generate_latest(registry).decode()
     assert 'baton:path_bytes_per_second{engine="d",model_name="m",peer="p",transport="shm"} 5e+09' in text
     assert 'baton:path_latency_seconds{engine="d",model_name="m",peer="p",transport="shm"} 2e-05' in text
-    assert 'peer="d"' not in text
+    assert 'baton:path_degraded{engine="d",model_name="m",peer="d",transport="none"} 1.0' in text
+    assert text.count('peer="d"') == 1, "without a path there is nothing else to tell"
     metrics.show([])
     assert 'peer="p"' not in generate_latest(registry).decode(), "a peer that is gone"
     for number in range(2 * MAX_PEERS):

@@ -2,7 +2,9 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from core.messages import Receipt
+from core.errors import Cancelled, StalePage
+from core.messages import PathReport, Receipt, WorkerId
+from core.telemetry.pair_metrics import MAX_PEERS, OTHERS
 from core.telemetry.reclaim import LIMIT, Reclaims
 from core.telemetry.worker_metrics import WorkerMetrics
 
@@ -77,7 +79,7 @@ def test_the_ends_of_a_hand_off_are_told_apart() -> None:
         end.moved(None, "queued", 0.0)
         end.moved("queued", "granted", 0.5)
     source.moved("granted", "aborted", 2.0)
-    source.ended("aborted")
+    source.ended("d", "aborted", "cancelled")
     source.expired("granted")
     assert samples(metrics, "baton:handoffs_total")[("source", "aborted")] == 1
     assert samples(metrics, "baton:handoffs_total")[("receiver", "aborted")] == 0
@@ -101,3 +103,46 @@ def test_a_receipt_is_what_the_transfer_metrics_show() -> None:
     metrics.reclaims.cancelled(KEY)
     metrics.reclaims.let_go(KEY)
     assert samples(metrics, "baton:cancel_to_reclaim_seconds_count")[()] == 1
+
+
+def test_a_pair_is_there_from_when_it_is_met_and_only_the_taking_end_counts_it() -> None:
+    metrics = WorkerMetrics("m", "d", Clock())
+    receiver, lender = metrics.handoffs.end("receiver"), metrics.handoffs.end("lender")
+    for end in (receiver, lender):
+        end.met("p")
+    pairs = samples(metrics, "baton:pair_handoffs_total")
+    assert pairs == {("receiver", outcome, "p"): 0 for outcome in ("committed", "cancelled", "failed")}
+    assert set(samples(metrics, "baton:handoff_faults_total").values()) == {0}
+    receiver.ended("p", "committed", "")
+    receiver.ended("p", "aborted", Cancelled.code)
+    receiver.ended("p", "aborted", StalePage.code)
+    lender.ended("p", "aborted", StalePage.code)
+    assert set(samples(metrics, "baton:pair_handoffs_total").values()) == {1}
+    receiver.fault("p", StalePage.code)
+    assert samples(metrics, "baton:handoff_faults_total")[(StalePage.code, "p")] == 1
+
+
+def test_pairs_are_bounded() -> None:
+    metrics = WorkerMetrics("m", "d", Clock())
+    receiver = metrics.handoffs.end("receiver")
+    for number in range(2 * MAX_PEERS):
+        receiver.met(f"p{number}")
+        receiver.ended(f"p{number}", "committed", "")
+    pairs = samples(metrics, "baton:pair_handoffs_total")
+    assert len(pairs) == 3 * (MAX_PEERS + 1) and pairs[("receiver", "committed", OTHERS)] == MAX_PEERS
+
+
+def test_a_path_that_is_not_the_best_is_shown_until_it_is() -> None:
+    metrics, peer = WorkerMetrics("m", "d", Clock()), WorkerId("p", 1)
+    metrics.paths.show([PathReport(peer, "grpc", "", 1.0, 1.0, 0.0, "shm failed: no room")])
+    assert samples(metrics, "baton:path_degraded") == {("p", "grpc"): 1}
+    metrics.paths.show([PathReport(peer, "", "", 0.0, 0.0, 0.0, "no path; shm: not met")])
+    assert samples(metrics, "baton:path_degraded") == {("p", "none"): 1}
+    metrics.paths.show([PathReport(peer, "shm", "", 1.0, 1.0, 0.0, "")])
+    assert samples(metrics, "baton:path_degraded") == {("p", "shm"): 0}
+
+
+def test_a_worker_says_its_role() -> None:
+    metrics = WorkerMetrics("m", "d", Clock())
+    metrics.role("decode")
+    assert samples(metrics, "baton:worker_info") == {("decode",): 1}

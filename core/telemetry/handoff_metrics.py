@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from core.messages import Receipt
+from core.telemetry.pair_metrics import TAKING_ENDS, PairMetrics
 
 ENDS = ("source", "receiver", "lender", "borrower")
 OPEN_STATES = ("queued", "granted", "streaming", "sealed")
@@ -30,7 +31,7 @@ class HandoffMetrics:
         self.in_flight = self._gauge("baton:handoffs_in_flight", "Hand-offs under way, by state", "end", "state")
         self.ended = self._counter("baton:handoffs", "Hand-offs that have ended, at this end", "end", "outcome")
         self.moved_pages = self._counter("baton:handoff_pages", "Pages handed over, or taken in, and verified", "end")
-        self.faults = self._counter("baton:handoff_faults", "Fetches that failed or went wrong", "peer", "code")
+        self.pairs = PairMetrics(registry, labels)
         self.expired = self._counter("baton:handoff_deadlines", "Deadlines that passed, by state", "end", "state")
         self.state_s = self._histogram(
             "baton:handoff_state_seconds", "How long a hand-off was in a state", STATE_BUCKETS_S, "end", "state"
@@ -83,16 +84,24 @@ class EndMetrics:
 
     def __init__(self, metrics: HandoffMetrics, labels: dict[str, str], end: str) -> None:
         where = {**labels, "end": end}
-        self._faults = metrics.faults
-        self._labels = labels
+        self._pairs = metrics.pairs
+        self._name = end
         self._pages = metrics.moved_pages.labels(**where)
         self._outcomes = {outcome: metrics.ended.labels(**where, outcome=outcome) for outcome in OUTCOMES}
         self._in_flight = {state: metrics.in_flight.labels(**where, state=state) for state in OPEN_STATES}
         self._lasted_s = {state: metrics.state_s.labels(**where, state=state) for state in OPEN_STATES}
         self._expired = {state: metrics.expired.labels(**where, state=state) for state in (*OPEN_STATES, *OUTCOMES)}
 
-    def ended(self, outcome: str) -> None:
+    def met(self, peer: str) -> None:
+        """A hand-off with this peer begins."""
+        if self._name in TAKING_ENDS:
+            self._pairs.met(self._name, peer)
+
+    def ended(self, peer: str, outcome: str, code: str) -> None:
+        """`code` is that of the error that ended it, or empty."""
         self._outcomes[outcome].inc()
+        if self._name in TAKING_ENDS:
+            self._pairs.ended(self._name, peer, code)
 
     def pages(self, count: int) -> None:
         self._pages.inc(count)
@@ -110,4 +119,4 @@ class EndMetrics:
         self._expired[state].inc()
 
     def fault(self, peer: str, code: str) -> None:
-        self._faults.labels(**self._labels, peer=peer, code=code).inc()
+        self._pairs.fault(peer, code)

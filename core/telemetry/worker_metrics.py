@@ -53,6 +53,11 @@ class WorkerMetrics:
         )
         info.labels(*self._where, str(page_size), str(pages)).set(1)
 
+    def role(self, name: str) -> None:
+        """Which tier this worker is of: dashboards and alerts join its other series with it."""
+        info = Gauge("baton:worker_info", "1, with the worker's role", (*LABELS, "role"), registry=self._registry)
+        info.labels(*self._where, name).set(1)
+
     def step(self, tokens: int, step_s: float) -> None:
         self._step_tokens.labels(*self._where).observe(tokens)
         self._step_s.labels(*self._where).observe(step_s)
