@@ -92,7 +92,7 @@ def _routers(view: ClusterView) -> RenderableType:
     rows = _table("NAME", "ADDRESS", ">IN FLIGHT", ">PROMPT TOKENS WAITING")
     for router in view.routers:
         numbers = (str(router.inflight_requests), str(router.queued_prompt_tokens)) if router.answers else ("-", "-")
-        rows.add_row(router.name, router.url or ("this one" if router.answers else "-"), *numbers)
+        _add(rows, router.name, router.url or ("this one" if router.answers else "-"), *numbers)
     return Group(rows, Text(f"registry: {_registry(view)}"))
 
 
@@ -107,7 +107,8 @@ def _tiers(tiers: Iterable[TierView]) -> Table:
     rows = _table("TIER", ">DESIRED", ">READY", ">STARTING", ">DRAINING", ">GONE", "LAST DECISION")
     for tier in tiers:
         short = tier.desired is not None and tier.ready < tier.desired
-        rows.add_row(
+        _add(
+            rows,
             tier.tier,
             "-" if tier.desired is None else str(tier.desired),
             Text(str(tier.ready), style="red" if short or not tier.ready else "green"),
@@ -120,7 +121,8 @@ def _tiers(tiers: Iterable[TierView]) -> Table:
 def _workers(workers: Iterable[WorkerView]) -> Table:
     rows = _table("NAME", "TIER", "STATE", ">RUNNING", ">WAITING", ">TOKENS", ">STEP", "PAGES", ">HELD")
     for worker in workers:
-        rows.add_row(
+        _add(
+            rows,
             worker.name,
             worker.tier or "-",
             Text(worker.state, style=STATE_STYLES.get(worker.state, "")),
@@ -143,7 +145,7 @@ def _pairs(pairs: Sequence[PairView]) -> Group:
         rate, latency = f"{pair.bytes_per_s / 1e9:.2f} GB/s", seconds(pair.latency_s)
         numbers = (pair.transport, rate, latency) if pair.transport else ("not used yet", "-", "-")
         note = Text(pair.trouble, style="red") if pair.trouble else Text("" if pair.needed else "loans")
-        rows.add_row(pair.source, pair.receiver, *numbers, str(pair.requests) if pair.needed else "-", note)
+        _add(rows, pair.source, pair.receiver, *numbers, str(pair.requests) if pair.needed else "-", note)
     left = len(shown) - MAX_PAIRS
     more = [Text(f"and {left} more; `baton doctor transport` shows all", style="bright_black")] if left > 0 else []
     return Group(rows, *more)
@@ -156,7 +158,7 @@ def _latency(view: ClusterView) -> Table:
     for name, spread, what in (("TTFT", view.first_token, "requests"), ("ITL", view.token_gap, "tokens")):
         numbers = (seconds(spread.p50_s), seconds(spread.p90_s), seconds(spread.p99_s))
         over = f"{spread.observed:,} {what} in {spread.window_s:.0f} s"
-        rows.add_row(name, *numbers, over, Text(sparkline(spread), style="cyan"))
+        _add(rows, name, *numbers, over, Text(sparkline(spread), style="cyan"))
     return rows
 
 
@@ -212,6 +214,11 @@ def seconds(value_s: float | None) -> str:
 
 def _count(number: int) -> str:
     return str(number) if number else "-"
+
+
+def _add(rows: Table, *cells: str | Text) -> None:
+    """What comes from the cluster is text, never markup."""
+    rows.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def _table(*columns: str) -> Table:

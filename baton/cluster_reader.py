@@ -13,15 +13,7 @@ import aiohttp
 from baton import endpoint
 from baton.endpoint import Endpoint
 from core.errors import ConfigError
-from router.cluster_view import (
-    VERSION,
-    ClusterView,
-    PairView,
-    RegistryView,
-    RouterView,
-    TierView,
-    WorkerView,
-)
+from router.cluster_view import VERSION, ClusterView, PairView, RegistryView, RouterView, TierView, WorkerView
 from router.recent import Spread
 
 T = TypeVar("T")
@@ -61,13 +53,24 @@ async def ask(session: aiohttp.ClientSession, router: Endpoint) -> ClusterView:
 def read(body: bytes) -> ClusterView:
     """Fields that this version does not know are left out. Raises ConfigError."""
     try:
-        plain = json.loads(body)
+        plain = _printable(json.loads(body))
         version = plain["version"]
         if version != VERSION:
             raise ConfigError(f"the router tells version {version} of the view, and this command reads {VERSION}")
         return _view(plain)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"the router's view of its cluster cannot be read: {error}") from error
+
+
+def _printable(value: Any) -> Any:
+    """Control characters in what others have named would reach the terminal."""
+    if isinstance(value, str):
+        return value if value.isprintable() else "".join(one if one.isprintable() else "\ufffd" for one in value)
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    if isinstance(value, dict):
+        return {_printable(name): _printable(item) for name, item in value.items()}
+    return value
 
 
 def _view(plain: dict[str, Any]) -> ClusterView:
