@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`what`: 'loading' (done, total), 'ready' (endpoint), or 'failed' (a message and the exit code to come)."""
+    """`what`: 'loading' (done, total), 'ready' (endpoint), 'signals' (numbers), or 'failed' (message, exit code)."""
 
     what: str
     done: int = 0
@@ -18,6 +18,7 @@ class Report:
     message: str = ""
     exit_code: int = 0
     endpoint: str = ""  # where a worker is reached
+    numbers: dict[str, float] = field(default_factory=dict)  # of a worker: baton.worker_signals
 
 
 def parse(line: bytes) -> Report | None:
@@ -32,11 +33,16 @@ def parse(line: bytes) -> Report | None:
 def reporter(fd: int | None) -> Callable[[Report], None]:
     """Writes to the launcher's pipe; to nobody when the process was started by hand."""
 
+    if fd is not None:
+        os.set_blocking(fd, False)
+
     def report(item: Report) -> None:
         if fd is None:
             return
         try:
             os.write(fd, json.dumps(asdict(item)).encode() + b"\n")
+        except BlockingIOError:
+            pass  # the launcher does not read: this line is lost, rather than that the worker waits for it
         except BrokenPipeError:
             pass  # the launcher is gone, and the watch on it ends this process
 

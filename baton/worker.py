@@ -31,6 +31,7 @@ from baton.options import WorkerOptions, add_options, from_args
 from baton.reports import Report, reporter
 from baton.transports import paths_for
 from baton.worker_server import Listener, WorkerServer, check_address
+from baton.worker_signals import PERIOD_S, signals_of
 from core.clock import monotonic_s
 from core.errors import StartupError
 from core.messages import Role, WorkerId, WorkerInfo
@@ -157,20 +158,24 @@ class WorkerProcess:
         """Serve until told to stop."""
         engine = worker.start()
         sweeping = asyncio.create_task(_every(SWEEP_S, server.desk.sweep), name="sweep")
+        telling = asyncio.create_task(_every(PERIOD_S, lambda: self._tell(worker)), name="signals")
         stop = asyncio.create_task(self._stopping.wait())
         await server.start()
         self._report(Report("ready", endpoint=address))
         info = worker.info
         log.info("%s serves on %s: %d pages of %d tokens", info.worker, address, info.pages_total, info.page_size)
         try:
-            first: set[asyncio.Future[Any]] = {engine, stop, sweeping}
+            first: set[asyncio.Future[Any]] = {engine, stop, sweeping, telling}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             return 0 if self._stopping.is_set() else _report_end(engine)
         finally:
-            for task in (engine, stop, sweeping):
+            for task in (engine, stop, sweeping, telling):
                 task.cancel()
-            await asyncio.gather(engine, stop, sweeping, return_exceptions=True)
+            await asyncio.gather(engine, stop, sweeping, telling, return_exceptions=True)
             await server.close()
+
+    def _tell(self, worker: Worker) -> None:
+        self._report(Report("signals", numbers=signals_of(worker)))
 
 
 def _report_end(engine: asyncio.Task[None]) -> int:

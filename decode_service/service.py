@@ -10,7 +10,7 @@ A newer attempt of a request takes the place of an older one; the pages that the
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from core.clock import Clock
 from core.errors import BatonError, DeadlineExceeded, InvalidRequest, NoCapacity
 from core.messages import Cancel, Peer, Receipt, RequestFailed, Submit, Token, Tokens, WorkerId
 from core.telemetry.worker_metrics import WorkerMetrics
+from decode_service.receipts import prefilled_here, taken_in
 from engine.engine import Engine, Sampled, StepReport
 from engine.intake import Intake
 from engine.sequence import Sequence
@@ -54,6 +55,7 @@ class _Job:
     expected: bool = False  # the hand-off is not committed yet
     reserved: bool = False  # and its pages are set aside
     receipt: Receipt | None = None  # due with the next tokens
+    spoke_s: dict[int, float] = field(default_factory=dict)  # choice -> when its last token left
 
     @property
     def key(self) -> HandoffKey:
@@ -140,6 +142,7 @@ class DecodeService:
         if self._max_local_tokens is not None and waiting + len(job.shared.ids) > self._max_local_tokens and waiting:
             raise NoCapacity("the budget for local prefill is taken")
         self._metrics.local_prefill()
+        self._metrics.lately.arrived_tokens.add(self._uncached(job.shared))
         if self._intake.parted(job.submit):
             for choice in job.shared.choices:
                 self._run(job, self._intake.separate(job.submit, self._engine.new_id(), choice))
@@ -160,8 +163,9 @@ class DecodeService:
         if job is None or not job.expected:
             return None
         size, pool = self._engine.page_size, self._engine.pool
-        growth = self._growth_pages() + self._growth_of(job.shared) * len(job.shared.choices)
+        growth = self.growth_pages + self._growth_of(job.shared) * len(job.shared.choices)
         if pages + growth > pool.reusable and self._engine.sequences:
+            self._metrics.lately.refused_grants.add(1.0)
             return None
         full = len(job.shared.ids) // size
         prefix = pool.lookup(job.shared.full_hashes(size)[:full])
@@ -169,6 +173,7 @@ class DecodeService:
         fresh = pool.allocate(pages - len(prefix))
         if fresh is None:
             pool.release_all(prefix)
+            self._metrics.lately.refused_grants.add(1.0)
             return None
         job.shared.cached_tokens = len(prefix) * size
         job.reserved = True
@@ -194,7 +199,7 @@ class DecodeService:
             return
         job.expected = False
         self._metrics.prefix(job.shared.prompt_tokens, min(job.shared.cached_tokens, job.shared.prompt_tokens))
-        job.receipt = self._receipt_of(job, receipt, exposed_transfer_s)
+        job.receipt = taken_in(job.shared, receipt, exposed_transfer_s)
         self._metrics.handoffs.taken(job.receipt)
         shared = job.shared
         self._engine.adopt(shared, list(pages), len(shared.ids))
@@ -222,6 +227,7 @@ class DecodeService:
             self._engine.remove(job.shared)
 
     def _continue(self, job: _Job, sequence: Sequence, token: Token) -> None:
+        job.spoke_s[token.choice] = self._clock()
         sequence.choices = (token.choice,)
         sequence.ids.append(token.token_id)
         job.sequences[token.choice] = sequence
@@ -255,7 +261,11 @@ class DecodeService:
                 self._fail(job, error)
 
     def _take(self, job: _Job, item: Sampled) -> Token:
-        """Note who decodes the choice from now on."""
+        """Note who decodes the choice from now on, and how long its token was waited for."""
+        now_s = self._clock()
+        if item.choice in job.spoke_s:
+            self._metrics.lately.token_gap_s.add(now_s - job.spoke_s[item.choice])
+        job.spoke_s[item.choice] = now_s
         if item.finish is None:
             job.sequences[item.choice] = item.sequence
         else:
@@ -316,37 +326,34 @@ class DecodeService:
         left = sequence.params.max_tokens - sequence.output_tokens
         return -(-min(left, self._growth_tokens) // self._engine.page_size)
 
-    def _growth_pages(self) -> int:
+    @property
+    def growth_pages(self) -> int:
+        """Pages that all that run, and those that are on their way here, are expected to take yet."""
         coming = [job.shared for job in self._jobs.values() if job.reserved and job.expected]
         running = sum(self._growth_of(sequence) for sequence in self._engine.sequences)
         return running + sum(self._growth_of(shared) * len(shared.choices) for shared in coming)
 
-    def _receipt_of(self, job: _Job, receipt: Receipt, exposed_s: float) -> Receipt:
-        """The source's share, less what was cached here: where both had it, it was ours that counted.
-
-        What the source fetched was fetched, though it may have been from here; and lies after what it had itself.
-        """
-        cached_there, fetched = receipt.cached_prefill_tokens, receipt.fetched_tokens
-        all_here = min(job.shared.cached_tokens, job.shared.prompt_tokens)
-        here = min(all_here, cached_there) + max(0, all_here - cached_there - fetched)
-        cached_there = max(0, cached_there - all_here)
-        return replace(
-            receipt,
-            cached_prefill_tokens=cached_there,
-            cached_decode_tokens=here,
-            computed_tokens=job.shared.prompt_tokens - here - cached_there - fetched,
-            transferred_tokens=job.shared.prompt_tokens - all_here,
-            exposed_transfer_s=exposed_s,
-        )
-
     def _local_receipt(self, sequence: Sequence) -> Receipt:
+        receipt = prefilled_here(sequence)
         self._metrics.prefix(sequence.prompt_tokens, sequence.cached_tokens)
-        return Receipt(
-            cached_decode_tokens=sequence.cached_tokens,
-            computed_tokens=sequence.prompt_tokens - sequence.cached_tokens,
-            recomputed_tokens=sequence.recomputed_tokens,
-            queue_s=(sequence.first_admitted_s or sequence.arrived_s) - sequence.arrived_s,
-        )
+        self._metrics.lately.queue_wait_s.add(receipt.queue_s)
+        self._metrics.lately.first_token_s.add(self._clock() - sequence.arrived_s)
+        return receipt
+
+    @property
+    def is_aggregated(self) -> bool:
+        """Every prompt is computed here: there are no hand-offs."""
+        return self._receiver is None
+
+    def silences_s(self) -> list[float]:
+        """How long each choice that is decoded has been silent."""
+        now_s = self._clock()
+        return [now_s - job.spoke_s[c] for job in self._jobs.values() for c in job.sequences if c in job.spoke_s]
+
+    def _uncached(self, sequence: Sequence) -> int:
+        size = self._engine.page_size
+        cached = len(self._engine.pool.lookup(sequence.full_hashes(size))) * size
+        return len(sequence.ids) - min(len(sequence.ids) - 1, cached)
 
     @property
     def expected_requests(self) -> int:

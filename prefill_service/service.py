@@ -31,6 +31,8 @@ from session.outlet import Outlet
 
 log = logging.getLogger(__name__)
 
+HELD_UP_S = 0.5  # a grant that is waited for so long: it is the decode worker that has no room
+
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 
 
@@ -61,6 +63,7 @@ class _Job:
     peer: Peer
     sequence: sequences.Sequence
     offer: asyncio.Task[None] | None = None  # while a grant is being asked for
+    asked_s: float = 0.0  # since when
     granted: bool = False
     sealed: bool = False
     told_pages: int = 0  # full pages that the peer has or has been told of
@@ -115,6 +118,7 @@ class PrefillService:
         sequence = self._intake.shared(submit, self._engine.new_id(), single_step=True)
         job = _Job(submit, submit.peer, sequence)
         self._jobs[job.key] = job
+        self._metrics.lately.arrived_tokens.add(self._uncached(job))
         self._source.meet(submit.peer)
         self._borrower.ask(submit, sequence)
         self.pump()
@@ -144,7 +148,7 @@ class PrefillService:
                 break
             if ahead.get(job.peer, 0) < self._ahead_tokens:
                 ahead[job.peer] = ahead.get(job.peer, 0) + len(job.sequence.ids)
-                job.offer = self._spawn(self._offer(job))
+                job.offer, job.asked_s = self._spawn(self._offer(job)), now_s
 
     def _ahead(self) -> dict[Peer, int]:
         """Tokens asked for or granted, by decode worker: one that is full holds up nobody else's requests."""
@@ -189,6 +193,7 @@ class PrefillService:
             self._end(job, NoCapacity("the prefill pool filled up while the grant was on its way"))
             return
         job.granted = True
+        self._metrics.lately.queue_wait_s.add(self._clock() - job.sequence.arrived_s)
         job.fetched_tokens = self._borrower.take(job.key, job.sequence.cached_tokens)
         job.told_pages = grant.prefix_pages
         self._engine.add(job.sequence)
@@ -231,6 +236,7 @@ class PrefillService:
         """The prompt is computed and its next tokens are known: to the router first, then to the peer."""
         self._tell_ready(job)
         job.sealed = True
+        self._metrics.lately.first_token_s.add(self._clock() - job.sequence.arrived_s)
         self._metrics.prefix(job.sequence.prompt_tokens, job.sequence.cached_tokens - job.fetched_tokens)
         sequence = job.sequence
         tokens = tuple(_token(item, sequence.output_tokens) for item in items)
@@ -309,10 +315,22 @@ class PrefillService:
         """Prompt tokens that have not been computed yet, queued ones included."""
         return sum(len(job.sequence.ids) - job.sequence.computed for job in self._jobs.values() if not job.sealed)
 
-    @property
-    def oldest_wait_s(self) -> float:
-        waits = [self._clock() - j.sequence.arrived_s for j in self._jobs.values() if not j.sealed]
-        return max(waits, default=0.0)
+    def backlog(self) -> tuple[int, list[float]]:
+        """Tokens that this worker could compute and has not, and how long each attempt has waited to begin.
+
+        What a decode worker holds up, which has no room, is none of it: more prefill workers would not help.
+        """
+        now_s = self._clock()
+        full = {j.peer for j in self._jobs.values() if j.offer is not None and now_s - j.asked_s > HELD_UP_S}
+        ours = [j for j in self._jobs.values() if not j.sealed and (j.granted or j.peer not in full)]
+        tokens = sum(j.sequence.uncomputed for j in ours)
+        return tokens, [now_s - j.sequence.arrived_s for j in ours if not j.granted]
+
+    def _uncached(self, job: _Job) -> int:
+        """Tokens of a prompt that has come that will be computed here, as far as can be told."""
+        size, ids = self._engine.page_size, job.sequence.ids
+        cached = len(self._engine.pool.lookup(job.sequence.full_hashes(size))) * size
+        return len(ids) - min(len(ids) - 1, max(cached, job.submit.lent_tokens))
 
 
 def _is_ahead(job: _Job) -> bool:

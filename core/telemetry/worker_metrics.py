@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from core.clock import Clock
 from core.telemetry.handoff_metrics import HandoffMetrics
+from core.telemetry.last_seconds import LastSeconds
 from core.telemetry.path_metrics import PathMetrics
 from core.telemetry.reclaim import Reclaims
 
@@ -41,6 +42,7 @@ class WorkerMetrics:
         )
         self.handoffs = HandoffMetrics(self._registry, labels)
         self.paths = PathMetrics(self._registry, labels)
+        self.lately = LastSeconds(clock)
         self.reclaims = Reclaims(clock, self.handoffs.reclaimed)
 
     def cache_config(self, page_size: int, pages: int) -> None:
