@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from core.sampling import SamplingParams
 from engine.config import GENERATION_FILE, read_config, read_json
 from router.limits import ServedModel
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 FROM_GENERATION_CONFIG = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
@@ -23,6 +25,15 @@ def served_model(checkpoint: Path, served_name: str, max_context: int, created: 
         created=created,
         defaults=_defaults(checkpoint),
     )
+
+
+def model_digest(checkpoint: Path) -> str:
+    """Of config and tokenizer: what a router can know without the weights. 32 hex digits. Raises CheckpointError."""
+    h = hashlib.blake2b(repr(read_config(checkpoint)).encode(), digest_size=16)
+    for path in (checkpoint / name for name in TOKENIZER_FILES):
+        content = path.read_bytes() if path.exists() else b""
+        h.update(len(content).to_bytes(8, "little") + content)
+    return h.hexdigest()
 
 
 def context_tokens(max_positions: int, asked: int) -> int:

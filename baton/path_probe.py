@@ -26,11 +26,23 @@ class PathProbe:
         if probe is None:
             return self._paths.snapshot()
         self._gate.probe(probe, ticket)
-        async with self._turn:
-            if not await self._reach(probe):
-                return (*self._paths.snapshot(), _unreached(probe))
-            await self._paths.probe(probe.worker)
+        if not await self._probe(probe):
+            return (*self._paths.snapshot(), _unreached(probe))
         return self._paths.snapshot()
+
+    async def prove(self, peer: Peer) -> PathReport | None:
+        """By our own wish, so without a ticket: the path from a peer that the registry names. None: it is not there."""
+        if not await self._probe(peer):
+            return None
+        return next((report for report in self._paths.snapshot() if report.peer == peer.worker), None)
+
+    async def _probe(self, peer: Peer) -> bool:
+        """Whether it could be reached; what is wrong with the path is in the snapshot."""
+        async with self._turn:
+            if not await self._reach(peer):
+                return False
+            await self._paths.probe(peer.worker)
+        return True
 
     async def _reach(self, peer: Peer) -> bool:
         """Whether there is a session, in time."""

@@ -34,6 +34,13 @@ def check_address(listen: str, advertise: str) -> None:
     bind(host if host != "*" else "", port).close()
 
 
+def reached_at(advertise: str, address: str) -> str:
+    """What others are told: the address listened on, unless another is advertised, whose port 0 stands for ours."""
+    if advertise.endswith(":0"):
+        return advertise.removesuffix("0") + address.rpartition(":")[2]
+    return advertise or address
+
+
 class Listener:
     """A server that has its address and does not serve yet: peers are told the address before it does."""
 
@@ -69,8 +76,8 @@ class WorkerServer:
             self._sessions = add_handoff_service(self._server, worker.receiver)
             worker.receiver.start(self._sessions)
             paths.renew = self._sessions.hang_up
-        probe = PathProbe(paths, worker.tier.gate, self._dialer.dial if self._dialer is not None else None)
-        self._servicer = WorkerServicer(self.desk, monotonic_s, self._metrics_text, probe)
+        self.probe = PathProbe(paths, worker.tier.gate, self._dialer.dial if self._dialer is not None else None)
+        self._servicer = WorkerServicer(self.desk, monotonic_s, self._metrics_text, self.probe)
         add_worker_service(self._server, self._servicer)
         worker.tier.published = self._servicer.publish
         paths.on_fallback = worker.metrics.paths.fell_back
