@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import os
 import secrets
 from dataclasses import dataclass
 from random import Random
 
-from baton.registry_url import registry_url
 from baton.registry_url import registry_url
 from core.clock import monotonic_s
 from core.errors import ConfigError

@@ -27,10 +27,14 @@ from baton.composition import Limits, Machine, Model, Worker
 from baton.credentials import digest_of, keys_of, tickets_of, tls_of
 from baton.loaded_model import LoadedModel, PoolWish, load
 from baton.logs import set_up_logs
+from baton.membership import Membership
+from baton.model_facts import model_digest
 from baton.options import WorkerOptions, add_options, from_args
+from baton.registry_link import labels_of, open_registry
 from baton.reports import Report, reporter
+from baton.self_test import SelfTest
 from baton.transports import paths_for
-from baton.worker_server import Listener, WorkerServer, check_address
+from baton.worker_server import Listener, WorkerServer, check_address, reached_at
 from baton.worker_signals import PERIOD_S, signals_of
 from core.clock import monotonic_s
 from core.errors import StartupError
@@ -80,6 +84,8 @@ class WorkerProcess:
         self._digest = digest_of(options.digest, self._keys)
         self._tls = tls_of(options)
         self._channels = Channels(self._tls)
+        self._labels = labels_of(options.labels)
+        self._link = open_registry(options.registry, options.registry_prefix)
 
     async def serve(self) -> int:
         """The exit code: 1 when the engine's loop has ended by an error of ours. Raises StartupError."""
@@ -97,10 +103,13 @@ class WorkerProcess:
         loaded, frames = loading.result()
         await paths.serve(frames, self._digest.of)
         listener = Listener(self._options.listen, self._tls)
-        worker = self._compose(loaded, frames, paths, self._options.advertise or listener.address)
+        address = reached_at(self._options.advertise, listener.address)
+        worker = self._compose(loaded, frames, paths, address)
+        membership = self._membership(worker.info, address)
         try:
-            return await self._run(worker, WorkerServer(worker, paths, listener, self._channels), listener.address)
+            return await self._run(worker, WorkerServer(worker, paths, listener, self._channels), membership)
         finally:
+            await membership.close()
             await worker.stop()
             await paths.close()
             self._compute.shutdown()
@@ -151,27 +160,34 @@ class WorkerProcess:
         limits = Limits(o.step_tokens, o.max_rows, max(o.step_tokens, 4 * o.local_prefill), o.prefill_share)
         return Worker(info, model, limits, machine, o.served_name or Path(o.model).name)
 
+    def _membership(self, info: WorkerInfo, address: str) -> Membership:
+        return Membership(self._link, info, address, model=model_digest(Path(self._options.model)), labels=self._labels)
+
     async def _run_blocking(self, call: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._compute, call, *args)
 
-    async def _run(self, worker: Worker, server: WorkerServer, address: str) -> int:
+    async def _run(self, worker: Worker, server: WorkerServer, membership: Membership) -> int:
         """Serve until told to stop."""
         engine = worker.start()
         sweeping = asyncio.create_task(_every(SWEEP_S, server.desk.sweep), name="sweep")
         telling = asyncio.create_task(_every(PERIOD_S, lambda: self._tell(worker)), name="signals")
         stop = asyncio.create_task(self._stopping.wait())
         await server.start()
-        self._report(Report("ready", endpoint=address))
         info = worker.info
-        log.info("%s serves on %s: %d pages of %d tokens", info.worker, address, info.pages_total, info.page_size)
+        where, pages = membership.endpoint, info.pages_total
+        log.info("%s serves on %s: %d pages of %d tokens", info.worker, where, pages, info.page_size)
+        test = SelfTest(info, server.probe.prove, worker.machine.random)
+        ready = Report("ready", endpoint=where)
+        member = asyncio.create_task(membership.keep(test, lambda: self._report(ready)), name="membership")
         try:
-            first: set[asyncio.Future[Any]] = {engine, stop, sweeping, telling}
+            first: set[asyncio.Future[Any]] = {engine, stop, sweeping, telling, member}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             return 0 if self._stopping.is_set() else _report_end(engine)
         finally:
-            for task in (engine, stop, sweeping, telling):
+            for task in (engine, stop, sweeping, telling, member):
                 task.cancel()
-            await asyncio.gather(engine, stop, sweeping, telling, return_exceptions=True)
+            await asyncio.gather(engine, stop, sweeping, telling, member, return_exceptions=True)
+            await membership.withdraw()
             await server.close()
 
     def _tell(self, worker: Worker) -> None:
