@@ -51,7 +51,7 @@ class Child:
         pause_s = BACKOFF_S[0]
         while True:
             began_s = clock()
-            code = await self._run()
+            code = await self.live()
             self._hooks.on_exit(self.name, code, self.ready)
             self.ready = False
             if clock() - began_s > HEALTHY_S:
@@ -75,8 +75,8 @@ class Child:
                 process.kill()
             await process.wait()
 
-    async def _run(self) -> int:
-        """One life of the process; its exit code."""
+    async def live(self) -> int:
+        """One life of the process, for those that do not want it restarted; its exit code."""
         report_in, report_out = os.pipe()
         lifeline_in, lifeline_out = os.pipe()
         try:

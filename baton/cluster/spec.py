@@ -100,6 +100,7 @@ class TierSpec:
     prefer: dict[str, str] = field(default_factory=dict)
     drain_s: float = 120.0
     start_s: float = 1800.0  # the longest that loading may take
+    surge_percent: int = 25  # so many more workers while an update goes on; 0: old ones go before new ones come
     env: dict[str, str] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
 
@@ -109,6 +110,8 @@ class TierSpec:
         for name in ("num_cpus", "num_gpus", "drain_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name):g}")
+        if not 0 <= self.surge_percent <= 100:
+            raise ConfigError(f"surge_percent must be from 0 to 100, got {self.surge_percent}")
         if self.start_s <= 0:
             raise ConfigError(f"start_s must be positive, got {self.start_s:g}")
 
@@ -127,6 +130,7 @@ class RouterSpec(TierSpec):
     http_host: str = "0.0.0.0"  # noqa: S104 - routers are what clients reach
     http_port: int = 8000
     drain_s: float = 30.0
+    surge_percent: int = 0  # a node's fixed port is free again only when the old router has ended
     target: RouterTarget = field(default_factory=RouterTarget)
     steady: SteadySpec = field(default_factory=SteadySpec)
 
