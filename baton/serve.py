@@ -67,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("shm", "ucx", "auto"),
         help="how pages move between the workers; on one machine shared memory is the fastest",
     )
+    add("--ray", action="store_true", help="the same on a Ray cluster that it starts here, one deployment for each tier")
+    add("--registry", default="", metavar="URL", help="with --ray: a running Redis; left out, it starts one of its own")
     add("--threads", type=int, default=0, help="compute threads of each worker; 0: one per core")
 
 
@@ -76,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = locate(args.model)
     config = read_config(checkpoint)
     bind(args.host, args.port).close()
+    if args.ray:
+        from baton.cluster import local  # Ray is an extra, and slow to import
+
+        return local.run(args, checkpoint)
     folder = Path(tempfile.mkdtemp(prefix="baton-"))  # 0700: only this user reaches the workers' sockets
     try:
         return asyncio.run(Launcher(args, checkpoint, config, folder).serve())

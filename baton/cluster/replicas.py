@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
@@ -37,6 +38,7 @@ class WorkerReplica:
 
     async def __init__(self, role: str, plain: dict[str, Any], peers: Any = None) -> None:  # type: ignore[misc]
         """Returns when the worker is ready. `peers` are not used: they tie the tiers into one application."""
+        self._undo = AsyncExitStack()  # first of all: Serve may stop a replica that is still being made
         self._role = role
         self._spec = parse(plain)
         self._tier = self._spec.prefill if role == "prefill" else self._spec.decode
@@ -44,8 +46,10 @@ class WorkerReplica:
         self._name = _name(role)
         options = worker_options(self._spec, role, self._name, checkpoint, _place())
         self._supervisor = Supervisor(self._name, "worker", to_flags(options), self._tier.env, monotonic_s)
+        self._undo.push_async_callback(self._supervisor.stop, self._tier.drain_s + HAND_BACK_S)
         await self._supervisor.start(self._tier.start_s, _end_with_it)
         self._client = HealthClient(self._supervisor.endpoint, _channels(self._spec, role))
+        self._undo.push_async_callback(self._client.close)
         log.info("%s serves on %s", self._name, self._supervisor.endpoint)
 
     async def check_health(self) -> None:
@@ -65,8 +69,7 @@ class WorkerReplica:
 
     async def __del__(self) -> None:
         """The drain: Serve waits for it."""
-        await self._supervisor.stop(self._tier.drain_s + HAND_BACK_S)
-        await self._client.close()
+        await self._undo.aclose()
 
 
 class RouterReplica:
@@ -74,15 +77,18 @@ class RouterReplica:
 
     async def __init__(self, plain: dict[str, Any], prefill: Any = None, decode: Any = None) -> None:  # type: ignore[misc]
         """Returns when the router is ready. The handles tie the tiers into one application."""
+        self._undo = AsyncExitStack()
         self._spec = parse(plain)
         checkpoint = await asyncio.to_thread(locate, self._spec.model.path)
         self._name = _name(ROUTER)
         options = router_options(self._spec, self._name, checkpoint)
         tier = self._spec.router
         self._supervisor = Supervisor(self._name, "router", to_flags(options), tier.env, monotonic_s)
+        self._undo.push_async_callback(self._supervisor.stop, tier.drain_s + HAND_BACK_S)
         await self._supervisor.start(tier.start_s, _end_with_it)
         self._url = f"http://{self._supervisor.endpoint or f'{_place().host}:{tier.http_port}'}"
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CHECK_S))
+        self._undo.push_async_callback(self._http.close)
         self._inflight = 0.0
         log.info("%s serves on %s", self._name, self._url)
 
@@ -118,8 +124,7 @@ class RouterReplica:
 
     async def __del__(self) -> None:
         """The drain: Serve waits for it."""
-        await self._supervisor.stop(self._spec.router.drain_s + HAND_BACK_S)
-        await self._http.close()
+        await self._undo.aclose()
 
 
 def _name(role: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from core.errors import StartupError, WorkerLost
 
 log = logging.getLogger(__name__)
 
+LAST_LINES = 5  # of the log, for the message when it does not start
 STALE_S = 5.0  # signals come twice a second; older ones say nothing about now
 
 
@@ -24,10 +26,11 @@ class Supervisor:
     """Restarts nothing: when the child has ended the replica is over, and Serve starts another one."""
 
     def __init__(self, name: str, command: str, flags: Sequence[str], env: Mapping[str, str], clock: Clock) -> None:
-        self._child = Child(name, command, flags, child_env(env), Hooks(self._heard, _print_log, _nothing))
+        self._child = Child(name, command, flags, child_env(env), Hooks(self._heard, self._said, _nothing))
         self._clock = clock
         self._ready: asyncio.Event = asyncio.Event()
         self._failure = ""
+        self._lines: deque[str] = deque(maxlen=LAST_LINES)
         self._numbers: dict[str, float] = {}
         self._heard_s = float("-inf")
         self._life: asyncio.Task[int] | None = None
@@ -46,7 +49,7 @@ class Supervisor:
         if not self._ready.is_set():
             why = self._failure or ("" if self._life.done() else f"not ready within {within_s:g} s")
             await self.stop(0.0)
-            raise StartupError(f"{self._child.name}: {why or f'ended with code {self._life.result()}'}")
+            raise StartupError(f"{self._child.name}: {why or self._ended_so(self._life.result())}")
         self._life.add_done_callback(lambda life: self._ended(life, on_end))
 
     @property
@@ -74,6 +77,14 @@ class Supervisor:
         if not self._stopping and not life.cancelled():
             on_end(life.result())
 
+    def _ended_so(self, code: int) -> str:
+        return "\n".join((f"ended with code {code}; its last words:", *self._lines))
+
+    def _said(self, _: str, line: str) -> None:
+        """Into the replica's own log, which Ray keeps."""
+        self._lines.append(line)
+        print(line, file=sys.stderr, flush=True)
+
     def _heard(self, _: str, report: Report) -> None:
         if report.what == "ready":
             self.endpoint = report.endpoint
@@ -90,11 +101,6 @@ def child_env(more: Mapping[str, str]) -> dict[str, str]:
     paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000", "PYTHONUNBUFFERED": "1"}  # see baton/serve.py
     return {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **more}
-
-
-def _print_log(_: str, line: str) -> None:
-    """Into the replica's own log, which Ray keeps."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _nothing(_name: str, _code: int, _was_ready: bool) -> None:
