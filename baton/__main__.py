@@ -52,7 +52,7 @@ COMMANDS = (
     Command("bench", "baton.bench.command", "load a running server and measure latency and throughput"),
     Command("status", "baton.status", "one page on a running cluster: tiers, workers, hand-offs, what is wrong"),
     Command("top", "baton.top", "the same, live in the terminal"),
-    Command("deploy", "baton.cluster.deploy", "bring a cluster file onto a running Ray cluster, or change what is there"),
+    Command("deploy", "baton.cluster.deploy", "bring a cluster file onto a running Ray cluster, or change it there"),
     Command("undeploy", "baton.cluster.undeploy", "take it down again; workers finish what they have"),
     Command("doctor", "baton.doctor", "prove and measure every path between the workers of a running server"),
     Command("worker", "baton.worker", "one worker process", hidden=True),

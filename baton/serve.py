@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("shm", "ucx", "auto"),
         help="how pages move between the workers; on one machine shared memory is the fastest",
     )
-    add("--ray", action="store_true", help="the same on a Ray cluster that it starts here, one deployment for each tier")
+    add("--ray", action="store_true", help="the same on a Ray cluster that it starts here, a deployment for each tier")
     add("--registry", default="", metavar="URL", help="with --ray: a running Redis; left out, it starts one of its own")
     add("--threads", type=int, default=0, help="compute threads of each worker; 0: one per core")
 
