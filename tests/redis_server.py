@@ -16,10 +16,13 @@ START_S = 10.0
 
 
 class RedisServer:
-    def __init__(self, folder: Path, *flags: str) -> None:
+    """With a `config`, which has to name the port, it is started from that file alone: Sentinel rewrites its own."""
+
+    def __init__(self, folder: Path, *flags: str, config: Path | None = None, port: int = 0) -> None:
         self.folder = folder
-        self.port = _free_port()
+        self.port = port or free_port()
         self._flags = flags
+        self._config = config
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -28,8 +31,9 @@ class RedisServer:
 
     def start(self) -> None:
         plain = ["--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--dir", str(self.folder)]
+        arguments = [*plain, *self._flags] if self._config is None else [str(self._config), *self._flags]
         self._process = subprocess.Popen(
-            ["redis-server", *plain, *self._flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ["redis-server", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         until_s = time.monotonic() + START_S
         while not self._answers():
@@ -56,7 +60,7 @@ class RedisServer:
             self._process = None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

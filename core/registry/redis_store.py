@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis, RedisCluster
@@ -36,8 +36,10 @@ PING_S = 5.0  # a listener that hears nothing for so long asks whether the conne
 
 HINTS = (  # part of Redis's own words, and what it comes from
     ("CERTIFICATE_VERIFY_FAILED", "the server's certificate is not one of the authority that ?ca= names"),
-    ("WRONGPASS", "the user or the password in --registry or BATON_REGISTRY_PASSWORD is wrong"),
-    ("NOAUTH", "this server asks for a password: set BATON_REGISTRY_PASSWORD"),
+    ("invalid username-password", "the user or the password in --registry or BATON_REGISTRY_PASSWORD is wrong"),
+    ("Authentication required", "this server asks for a password: set BATON_REGISTRY_PASSWORD"),
+    ("EXEC without MULTI", "the user may not use MULTI: docs/redis.md lists what it needs"),
+    ("no permissions", "docs/redis.md lists what the user needs"),
     ("read only", "this server is a replica: name the one that takes writes, or the sentinels"),
     ("maxmemory", "this server is full: give it more memory, or a maxmemory-policy that evicts"),
 )
@@ -49,8 +51,10 @@ class RedisStore:
     Each call is a task of its own: the library has been seen to swallow the cancellation of the one that calls it.
     """
 
-    def __init__(self, redis: Any, prefix: str) -> None:
+    def __init__(self, redis: Any, prefix: str, others: Sequence[Any] = ()) -> None:
+        """`others`: what else is to be closed."""
         self._redis = redis
+        self._others = others
         self._prefix = "{" + prefix + "}"
         self._calls: set[asyncio.Task[Any]] = set()
 
@@ -84,12 +88,11 @@ class RedisStore:
         pubsub = self._redis.pubsub()
         try:
             await self._call(pubsub.subscribe(self._channel(group)))
-            yield
             while True:
                 message = await self._call(pubsub.get_message(timeout=PING_S))
                 if message is None:
                     await self._call(pubsub.ping())
-                elif message["type"] == "message":
+                elif message["type"] in ("subscribe", "message"):  # it has begun, also anew; or there is news
                     yield
         finally:
             await self._call(pubsub.aclose())
@@ -99,7 +102,8 @@ class RedisStore:
             call.cancel()
         if self._calls:
             await asyncio.wait(self._calls, timeout=CLOSE_S)
-        await self._redis.aclose()
+        for client in (self._redis, *self._others):
+            await client.aclose()
 
     async def _members(self, group: str) -> set[bytes]:
         found: set[bytes] = await self._redis.smembers(self._names(group))
@@ -155,24 +159,27 @@ def open_store(url: str, prefix: str = "baton") -> RedisStore:
     address = parse(url)
     _check_files(address)
     try:
+        if address.kind is Kind.SENTINEL:
+            sentinels = _sentinels(address)
+            return RedisStore(sentinels.master_for(address.place, **_of_one(address)), prefix, sentinels.sentinels)
         return RedisStore(_client(address), prefix)
     except (ValueError, TypeError, RedisError) as error:
         raise ConfigError(f"--registry: {type(error).__name__}: {error}") from error
 
 
 def _client(address: Address) -> Any:
-    common = _options(address)
     if address.kind is Kind.CLUSTER:
         nodes = [ClusterNode(host, port) for host, port in address.hosts]
-        return RedisCluster(startup_nodes=nodes, retry=Retry(NoBackoff(), 1), **common)
-    one = common | {"retry": Retry(NoBackoff(), 0), "db": address.db}
-    if address.kind is Kind.SENTINEL:
-        return _behind_sentinels(address, one)
-    one["max_connections"] = MAX_CONNECTIONS
+        return RedisCluster(startup_nodes=nodes, retry=Retry(NoBackoff(), 1), **_options(address))
+    one = _of_one(address) | {"max_connections": MAX_CONNECTIONS}
     if address.kind is Kind.UNIX:
         return Redis(unix_socket_path=address.place, **one)
     host, port = address.hosts[0]
     return Redis(host=host, port=port, **one)
+
+
+def _of_one(address: Address) -> dict[str, Any]:
+    return _options(address) | {"retry": Retry(NoBackoff(), 0), "db": address.db}
 
 
 def _options(address: Address) -> dict[str, Any]:
@@ -212,13 +219,11 @@ class _Sentinels(Sentinel):
         raise MasterNotFoundError(f"no sentinel knows a server that serves as {service_name!r}")
 
 
-def _behind_sentinels(address: Address, options: dict[str, Any]) -> Redis:
-    of_sentinels = options | {"db": 0}
+def _sentinels(address: Address) -> _Sentinels:
+    options = _of_one(address) | {"db": 0}
     if not address.sentinel_auth:
-        of_sentinels |= {"username": None, "password": None}
-    sentinels = _Sentinels(list(address.hosts), sentinel_kwargs=of_sentinels)  # type: ignore[no-untyped-call]
-    found: Redis = sentinels.master_for(address.place, **options)
-    return found
+        options |= {"username": None, "password": None}
+    return _Sentinels(list(address.hosts), sentinel_kwargs=options)  # type: ignore[no-untyped-call]
 
 
 def _check_files(address: Address) -> None:
