@@ -49,7 +49,7 @@ def page(view: ClusterView, findings: Sequence[Finding], where: str) -> Group:
 def screen(view: ClusterView, findings: Sequence[Finding], where: str, trouble: str = "") -> Group:
     """What `baton top` shows. `trouble`: why the view is not of now."""
     panels = [Panel(section.body, title=section.title, title_align="left", box=ROUNDED) for section in sections(view)]
-    foot = Text(trouble, style="bold red") if trouble else Text("q ends", style="bright_black")
+    foot = Text(trouble, style="bold red") if trouble else Text("q ends", style="dim")
     return Group(head(view, findings, where), *panels, verdict(findings), foot)
 
 
@@ -81,7 +81,7 @@ def verdict(findings: Sequence[Finding]) -> RenderableType:
     for finding in findings:
         mark = Text("WRONG", style="bold red") if finding.wrong else Text("hint", style="cyan")
         subject = f"{', '.join(finding.where)}: " if finding.where else ""
-        rows.add_row(mark, Text.assemble(subject + finding.what, "\n", (finding.advice, "bright_black")))
+        rows.add_row(mark, Text.assemble(subject + finding.what, "\n", (finding.advice, "dim")))
     return rows
 
 
@@ -119,7 +119,7 @@ def _tiers(tiers: Iterable[TierView]) -> Table:
 
 
 def _workers(workers: Iterable[WorkerView]) -> Table:
-    rows = _table("NAME", "TIER", "STATE", ">RUNNING", ">WAITING", ">TOKENS", ">STEP", "PAGES", ">HELD")
+    rows = _table("NAME", "TIER", "STATE", ">RUNNING", ">WAITING", ">TOKENS", ">HAND-OFFS", ">STEP", "PAGES", ">HELD")
     for worker in workers:
         _add(
             rows,
@@ -129,6 +129,7 @@ def _workers(workers: Iterable[WorkerView]) -> Table:
             str(worker.running_requests),
             str(worker.waiting_requests),
             f"{worker.waiting_tokens:,}",
+            str(sum(worker.handoffs.values())),
             seconds(worker.step_s or None),
             bar(worker.pages),
             f"{held_share(worker):.0%} of {sum(worker.pages.values()):,}" if worker.pages else "-",
@@ -140,14 +141,14 @@ def _pairs(pairs: Sequence[PairView]) -> Group:
     """Loans, from decode to prefill workers, only where they are in use or in trouble."""
     shown = [pair for pair in pairs if pair.needed or pair.transport or pair.trouble]
     shown.sort(key=lambda pair: (not pair.trouble, -pair.requests, not pair.transport))
-    rows = _table("FROM", "TO", "PATH", ">BANDWIDTH", ">PAGE", ">UNDER WAY", "")
+    rows = _table("FROM", "TO", "PATH", ">BANDWIDTH", ">PAGE", ">REQUESTS", "")
     for pair in shown[:MAX_PAIRS]:
         rate, latency = f"{pair.bytes_per_s / 1e9:.2f} GB/s", seconds(pair.latency_s)
         numbers = (pair.transport, rate, latency) if pair.transport else ("not used yet", "-", "-")
         note = Text(pair.trouble, style="red") if pair.trouble else Text("" if pair.needed else "loans")
         _add(rows, pair.source, pair.receiver, *numbers, str(pair.requests) if pair.needed else "-", note)
     left = len(shown) - MAX_PAIRS
-    more = [Text(f"and {left} more; `baton doctor transport` shows all", style="bright_black")] if left > 0 else []
+    more = [Text(f"and {left} more; `baton doctor transport` shows all", style="dim")] if left > 0 else []
     return Group(rows, *more)
 
 
@@ -223,7 +224,7 @@ def _add(rows: Table, *cells: str | Text) -> None:
 
 def _table(*columns: str) -> Table:
     """Without lines. A column whose name begins with > is of numbers."""
-    rows = Table(box=None, pad_edge=False, header_style="bright_black", padding=(0, 2, 0, 0))
+    rows = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for column in columns:
         is_number = column.startswith(">")
         rows.add_column(column.removeprefix(">"), justify="right" if is_number else "left", overflow="fold")

@@ -54,7 +54,7 @@ def announced_in(registry: Registry, routers: RouterList, clock: Clock) -> Annou
     return Announced(
         RegistryView(up=not registry.is_away, age_s=None if age_s == float("inf") else age_s),
         registry.snapshot.records,
-        [RouterView(one.name, one.address) for one in routers.routers if one.name != routers.me.name],
+        [RouterView(one.name, one.address) for one in routers.others],
     )
 
 

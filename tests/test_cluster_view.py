@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from random import Random
 
 import pytest
@@ -14,8 +15,10 @@ from core.messages import Load, Role, WorkerId, WorkerInfo
 from core.registry.decisions import LIFE_S, Decision, publish
 from core.registry.memory_store import MemoryShelf, MemoryStore
 from core.registry.records import WorkerRecord, WorkerState
-from router.cluster_view import MISSING, UNREACHABLE, VERSION, Seen, fold_pairs, fold_tiers, fold_workers
-from router.cluster_watch import ClusterWatch, Identity
+from core.registry.registry import Registry
+from core.registry.routers import RouterList, RouterRecord
+from router.cluster_view import MISSING, UNREACHABLE, VERSION, RegistryView, Seen, fold_pairs, fold_tiers, fold_workers
+from router.cluster_watch import Announced, ClusterWatch, Identity, announced_in, nothing_announced
 from router.histogram import Histogram
 from router.metrics import RouterMetrics
 from router.path_survey import PairPath, PathSurvey
@@ -187,7 +190,12 @@ def test_attempts_are_counted_by_the_pair_that_they_run_on() -> None:
 # --- what the router remembers ---------------------------------------------------------------------------------
 
 
-def watch_of(workers: Workers, metrics: RouterMetrics, names: tuple[str, ...]) -> ClusterWatch:
+def watch_of(
+    workers: Workers,
+    metrics: RouterMetrics,
+    names: tuple[str, ...],
+    announced: Callable[[], Announced] = nothing_announced,
+) -> ClusterWatch:
     return ClusterWatch(
         Identity("router", "baton-tiny", "1", names),
         workers,
@@ -195,6 +203,7 @@ def watch_of(workers: Workers, metrics: RouterMetrics, names: tuple[str, ...]) -
         lambda: 0.0,
         survey=PathSurvey(tuple),
         board=ScalingBoard(None, lambda: 0.0),
+        announced=announced,
     )
 
 
@@ -287,3 +296,45 @@ class TestBoard:
         assert not task.done() and "prefill" in self.board.decisions
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+# --- with a registry -------------------------------------------------------------------------------------------
+
+
+async def test_with_a_registry_the_other_routers_are_named_and_its_age_is_told() -> None:
+    now_s = [0.0]
+    shelf = MemoryShelf(lambda: now_s[0])
+    store = MemoryStore(shelf)
+    registry = Registry(store, lambda: now_s[0], Random(1))
+    me, other = (RouterRecord(f"{name}-1", name, f"http://{name}:8000") for name in ("r0", "r1"))
+    lists = [RouterList(MemoryStore(shelf), record, Random(2)) for record in (other, me)]
+    registry.announce(record("p0", Role.PREFILL, WorkerState.STARTING))
+
+    def announced() -> Announced:
+        return announced_in(registry, lists[1], lambda: now_s[0])
+
+    assert announced().registry == RegistryView(up=True, age_s=None)
+    tasks = [asyncio.create_task(loop) for loop in (registry.run(), *(one.run() for one in lists))]
+    try:
+        async with asyncio.timeout(10):
+            while not (registry.snapshot.records and lists[1].others):
+                await asyncio.sleep(0.01)
+        now_s[0] += 2.5
+        found = announced()
+        assert found.registry == RegistryView(up=True, age_s=2.5)
+        assert [(one.name, one.url, one.answers) for one in found.routers] == [("r1", "http://r1:8000", False)]
+        workers, metrics = Workers(lambda: 0.0), RouterMetrics("baton-tiny")
+        watch = watch_of(workers, metrics, (), announced)
+        view = await watch.look()
+        assert [one.name for one in view.routers] == ["router", "r1"]
+        assert [(one.name, one.state) for one in view.workers] == [("p0", "starting")]
+        assert 'baton:tier_workers{state="starting",tier="prefill"} 1.0' in metrics.text()
+        shelf.away = True
+        async with asyncio.timeout(10):
+            while not registry.is_away:
+                await asyncio.sleep(0.01)
+        assert announced().registry == RegistryView(up=False, age_s=2.5)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -30,7 +30,10 @@ PAIR = PairView("p0", "d0", "shm", "", 7.34e9, 152e-6, "", True, 3)
 
 
 def worker(name: str, tier: str, state: str = "ready", **others: object) -> WorkerView:
-    return replace(WorkerView(name, tier, state, "model", pages=POOL, prefill_tokens_per_s=1000.0), **others)  # type: ignore[arg-type]
+    return replace(
+        WorkerView(name, tier, state, "model", pages=POOL, handoffs={"granted": 2}, prefill_tokens_per_s=1000.0),
+        **others,
+    )  # type: ignore[arg-type]
 
 
 def tier(name: str, ready: int = 1, desired: int | None = None, starting: int = 0) -> TierView:
@@ -131,7 +134,7 @@ def test_the_page_says_it_all() -> None:
         r"registry: up, read 0\.4 s ago",
         r"prefill +- +1 +- +- +- +-",
         r"decode +2 +2 +- +- +- +pages are short",
-        r"p0 +prefill +ready +0 +0 +0 +- +█{10}▓{2}░{7}·{5} +50% of 100",
+        r"p0 +prefill +ready +0 +0 +0 +2 +- +█{10}▓{2}░{7}·{5} +50% of 100",
         r"p0 +d0 +shm +7\.34 GB/s +152 us +3",
         r"TTFT +12 ms +350 ms +1\.50 s +1,234 requests in 60 s +▃·▅█",
         r"ITL .* tokens in 60 s",
