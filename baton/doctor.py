@@ -105,7 +105,7 @@ async def _ask_workers(args: argparse.Namespace) -> PathReply:
                 print(f"{name}: {answer.message}", file=sys.stderr)
             else:
                 raise answer
-        return await PathSurvey(lambda: there, tuple(visitors), permits).probed()
+        return await PathSurvey(lambda: there, lambda: tuple(visitors), permits).probed()
     finally:
         for visitor in visitors.values():
             await visitor.close()

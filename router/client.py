@@ -101,6 +101,11 @@ class WorkerClient:
         self._broken_s: float | None = None
         self._stub: session_pb2_grpc.WorkerAsyncStub | None = None
 
+    @property
+    def worker(self) -> WorkerId | None:
+        """While it counts as up."""
+        return self._worker
+
     # --- the link ----------------------------------------------------------------------------------------------
 
     def submit(self, submit: Submit) -> None:

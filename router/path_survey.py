@@ -51,7 +51,7 @@ class PathSurvey:
     def __init__(
         self,
         members: Callable[[], Sequence[Member]],
-        names: Sequence[str] = (),
+        names: Callable[[], Sequence[str]] = tuple,
         permits: Permits = WITHOUT_TICKETS,
     ) -> None:
         self._members = members
@@ -96,7 +96,7 @@ class PathSurvey:
 
     def _reply(self, members: Sequence[Member], rows: Sequence[PairPath]) -> PathReply:
         there = {info.worker.name for info, _ in members}
-        return PathReply(tuple(rows), tuple(name for name in self._names if name not in there))
+        return PathReply(tuple(rows), tuple(name for name in self._names() if name not in there))
 
 
 def _pairs(members: Sequence[Member]) -> list[tuple[Member, Member]]:

@@ -38,6 +38,7 @@ from core.security.tickets import Tickets
 from router.choose import Loan, Need, Placement, choose
 from router.generation import GenerationRequest, Step
 from router.permits import Permits
+from router.poison import NoPoison, Poison, content_of
 from router.progress import Progress
 from router.retries import MAX_REPLAYS, POISON_WORKERS, PairHealth, RetryBudget
 from router.threshold import Threshold
@@ -53,6 +54,7 @@ class _Run:
     request: GenerationRequest
     progress: Progress
     ends_s: float
+    content: bytes
     attempt: int = 0
     placement: Placement | None = None
     retries: int = 0
@@ -61,7 +63,9 @@ class _Run:
     local_refused: bool = False
     decode_spoke: bool = False
     blamed: bool = False  # its last failure named the worker that is at fault
-    failed_at: WorkerId | None = None  # who said that the attempt has failed
+    failed_at: WorkerId | None = None  # where the attempt has failed: who is blamed, or who said so
+    handed_back: set[WorkerId] = field(default_factory=set)  # by workers that drain
+    spoke: set[WorkerId] = field(default_factory=set)  # who has sent tokens of this attempt
     submitted_s: float = 0.0
 
 
@@ -103,6 +107,7 @@ class Saga:
         placement_wait_s: float = 15.0,
         counters: Counters | None = None,
         tickets: Tickets | None = None,
+        poison: Poison | None = None,
     ) -> None:
         """`tickets` None: workers are asked without any, and only those without keys agree."""
         self._permits = Permits(tickets)
@@ -111,6 +116,7 @@ class Saga:
         self._threshold = threshold
         self._placement_wait_s = placement_wait_s
         self._counters = counters or NoCounters()
+        self._poison = poison or NoPoison()
         self._budget = RetryBudget()
         self._pairs = PairHealth()
         self._runs: dict[str, _Run] = {}
@@ -118,18 +124,21 @@ class Saga:
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Step]:
         """See router.generation.Generator."""
         progress = Progress(request.params.n, request.params.max_tokens)
-        run = _Run(request, progress, self._clock() + request.deadline_s)
+        run = _Run(request, progress, self._clock() + request.deadline_s, content_of(request))
         self._runs[request.request_id] = run
         self._budget.offered()
         try:
             while not progress.is_done:
                 try:
+                    self._refuse_poison(run)
                     run.placement = await self._place(run)
                     async with aclosing(self._attempt(run, run.placement)) as steps:
                         async for step in steps:
                             yield step
                 except BatonError as error:
                     self._judge(run, error)
+            if self._poison.count(run.content):
+                self._poison.answered(run.content)
         finally:
             del self._runs[request.request_id]
             self._workers.close(request.request_id)
@@ -141,6 +150,11 @@ class Saga:
         if run is not None and run.placement is not None:
             run.progress.finish(choice)
             self._workers.cancel(run.placement.decode, Cancel(request_id, run.attempt, (choice,)))
+
+    def _refuse_poison(self, run: _Run) -> None:
+        """Raises PoisonRequest for what has cost two workers, whichever router sent it to them."""
+        if self._poison.count(run.content) >= POISON_WORKERS:
+            raise PoisonRequest("this request has cost two workers lately and is not tried again")
 
     # --- one attempt -------------------------------------------------------------------------------------------
 
@@ -179,6 +193,7 @@ class Saga:
         """Submit to the pair and follow its tokens. Raises what made it fail."""
         run.attempt += 1
         run.decode_spoke = run.blamed = False
+        run.spoke.clear()
         run.submitted_s = self._clock()
         pair = (placement.decode,) if placement.prefill is None else (placement.decode, placement.prefill)
         inbox = self._workers.open(run.request.request_id, run.attempt, pair, run.progress.next_index)
@@ -248,8 +263,9 @@ class Saga:
             if worker == run.placement.prefill and run.decode_spoke:
                 return None
             run.blamed = isinstance(message, RequestFailed) and message.blames is not None
-            run.failed_at = worker
+            run.failed_at = message.blames or worker if isinstance(message, RequestFailed) else worker
             raise _error_of(message)
+        run.spoke.add(worker)
         if worker == run.placement.decode and not run.decode_spoke:
             run.decode_spoke = True
             if run.placement.prefill is not None:
@@ -276,9 +292,8 @@ class Saga:
         if isinstance(error, NoCapacity) and run.placement.prefill is None and not run.local_refused:
             run.local_refused = True  # D's budget for local prefill is taken: a prefill worker's turn
             return self._again(run)
-        if isinstance(error, WorkerDraining) and run.failed_at is not None and run.failed_at not in run.excluded:
-            run.excluded.add(run.failed_at)  # it had begun nothing: another choice is no retry
-            return self._again(run)
+        if isinstance(error, WorkerDraining) and run.failed_at is not None and run.failed_at not in run.handed_back:
+            return self._go_on(run, run.failed_at)
         # A worker that gave up, or heard of its peer's giving up, says Cancelled: our own cancels have no answer.
         if not isinstance(error, WorkerError | HandoffError | NoCapacity | DeadlineExceeded | Cancelled):
             raise error
@@ -296,6 +311,14 @@ class Saga:
         log.warning("request %s attempt %d failed (%s): again", run.request.request_id, run.attempt, error.message)
         self._again(run)
 
+    def _go_on(self, run: _Run, leaver: WorkerId) -> None:
+        """A worker that leaves has handed it back: it goes on elsewhere, and nothing has failed. Once per worker."""
+        run.handed_back.add(leaver)
+        run.excluded.add(leaver)
+        if run.progress.has_emitted:
+            self._counters.replayed()
+        self._again(run)
+
     def _again(self, run: _Run) -> None:
         self._cancel(run)
         run.placement = None
@@ -304,9 +327,12 @@ class Saga:
         placement = run.placement
         assert placement is not None
         pair = (placement.decode, placement.prefill)
-        unreached = any(worker is not None and not self._workers.reaches(worker) for worker in pair)
+        unreached = [worker for worker in pair if worker is not None and not self._workers.reaches(worker)]
         if isinstance(error, WorkerLost) or (isinstance(error, PeerLost) and unreached):
             run.lost_workers += 1  # its peer may say so before our own session is given up
+            for worker in unreached:
+                if worker not in run.spoke:  # whoever had answered was lost with it, not by it
+                    self._poison.cost_a_worker(run.content, worker)
         elif isinstance(error, WorkerError):
             run.excluded.add(placement.prefill or placement.decode)
         if (isinstance(error, HandoffError) or run.blamed) and placement.prefill is not None:

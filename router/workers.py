@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from core.clock import Clock
@@ -71,6 +71,7 @@ class _Worker:
     index: PrefixIndex = field(default_factory=PrefixIndex)
     unreported_tokens: int = 0
     unreported_requests: int = 0
+    draining: bool = False  # as the registry says; its load says it too, a little later
     connected: bool = True  # False between a break of its session and its resumption, or its loss
 
 
@@ -130,6 +131,11 @@ class Workers:
         known = self._workers.get(worker)
         return known is None or known.index.apply(change)
 
+    def set_draining(self, workers: frozenset[WorkerId]) -> None:
+        """These, and no others, take nothing new."""
+        for worker, known in self._workers.items():
+            known.draining = worker in workers
+
     def running(self, worker: WorkerId) -> list[Inbox]:
         """The attempts that a worker has a part in: what a resumed session names."""
         return [inbox for inbox in self._inboxes.values() if worker in inbox.workers]
@@ -178,6 +184,10 @@ class Workers:
         """Raises WorkerLost."""
         return self._known(worker).info
 
+    def knows(self, worker: WorkerId) -> bool:
+        """It is not lost: its session is open, or may be resumed."""
+        return worker in self._workers
+
     def reaches(self, worker: WorkerId) -> bool:
         """Whether its session is open."""
         known = self._workers.get(worker)
@@ -202,7 +212,7 @@ class Workers:
             found.append(
                 Candidate(
                     worker.info,
-                    worker.load,
+                    replace(worker.load, draining=True) if worker.draining else worker.load,
                     min(cached, len(prompt_ids) - 1),
                     worker.unreported_tokens,
                     worker.unreported_requests,

@@ -148,7 +148,7 @@ FROM_P = PathReport(WorkerId("p", 7), "shm", "", 5e9, 4e-5, 0.1, "")
 
 async def test_a_probe_asks_the_dialling_end_first_and_a_look_disturbs_nobody() -> None:
     p, d = ScriptedLink(), ScriptedLink(FROM_P, replace(FROM_P, peer=WorkerId("p", 6), transport="ucx"))
-    survey = PathSurvey(lambda: [(info("d", Role.DECODE), d), (info("p", Role.PREFILL), p)], ("p", "d", "gone"))
+    survey = PathSurvey(lambda: [(info("d", Role.DECODE), d), (info("p", Role.PREFILL), p)], lambda: ("p", "d", "gone"))
     wanted = PathReply((SHM, PairPath("d", "p", needed=False)), ("gone",))
     assert await survey.known() == wanted and p.probed == d.probed == [None]
     assert await survey.probed() == wanted
@@ -198,7 +198,7 @@ async def test_aggregated_workers_have_no_pairs() -> None:
 
 def surveying(*reports: PathReport, names: Sequence[str] = ("p", "d")) -> PathSurvey:
     p, d = ScriptedLink(), ScriptedLink(*reports)
-    return PathSurvey(lambda: [(info("p", Role.PREFILL), p), (info("d", Role.DECODE), d)], names)
+    return PathSurvey(lambda: [(info("p", Role.PREFILL), p), (info("d", Role.DECODE), d)], lambda: names)
 
 
 async def ran(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

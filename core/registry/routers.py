@@ -24,8 +24,9 @@ MAX_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class RouterRecord:
-    """`address` is a URL."""
+    """`router` is of this process alone, `name` what people call it; `address` is a URL."""
 
+    router: str
     name: str
     address: str
 
@@ -41,11 +42,11 @@ def decode(value: bytes) -> RouterRecord | None:
         return None
     try:
         plain = json.loads(value)
-        name, address = plain["name"], plain["address"]
-        known = plain["version"] == VERSION and isinstance(name, str) and isinstance(address, str)
+        texts = plain["router"], plain["name"], plain["address"]
+        known = plain["version"] == VERSION and all(isinstance(text, str) for text in texts)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    return RouterRecord(name, address) if known else None
+    return RouterRecord(*texts) if known else None
 
 
 class RouterList:
@@ -59,10 +60,9 @@ class RouterList:
         self._others: tuple[RouterRecord, ...] = ()
 
     @property
-    def routers(self) -> tuple[RouterRecord, ...]:
-        """By name; this one is always there."""
-        others = [router for router in self._others if router.name != self.me.name]
-        return tuple(sorted([self.me, *others], key=lambda router: router.name))
+    def others(self) -> tuple[RouterRecord, ...]:
+        """The others, by name."""
+        return self._others
 
     async def run(self) -> None:
         """Until it is cancelled; our record is taken back then."""
@@ -72,17 +72,18 @@ class RouterList:
                 await asyncio.sleep(self._timing.renew_s * self._random.uniform(0.8, 1.0))
         finally:
             try:
-                await self._store.remove(GROUP, self.me.name)
+                await self._store.remove(GROUP, self.me.router)
             except RegistryAway:
                 log.debug("our record ends with its lease")
 
     async def _turn(self) -> None:
         """While the store is away the last list stands."""
         try:
-            await self._store.put(GROUP, self.me.name, self.me.encode(), self._timing.life_s)
+            await self._store.put(GROUP, self.me.router, self.me.encode(), self._timing.life_s)
             values = await self._store.read(GROUP)
         except RegistryAway as error:
             log.debug("the routers are not read: %s", error.message)
             return
-        found = {name: decode(value) for name, value in values.items()}
-        self._others = tuple(record for name, record in found.items() if record is not None and record.name == name)
+        found = {router: decode(value) for router, value in values.items() if router != self.me.router}
+        known = [record for router, record in found.items() if record is not None and record.router == router]
+        self._others = tuple(sorted(known, key=lambda record: (record.name, record.router)))
