@@ -65,7 +65,7 @@ def _running(worker: Worker, service: DecodeService) -> dict[str, float]:
 
 
 def _projected_pages(worker: Worker, service: DecodeService) -> int:
-    """Held, expected to be taken yet, and missed by those that gave theirs back or have none."""
+    """Held, expected to be taken yet, promised, and missed by those that gave theirs back or have none."""
     counts, size = worker.pool.counts(), worker.info.page_size
     missing = sum(max(0, -(-len(s.ids) // size) - len(s.pages)) for s in worker.engine.sequences)
-    return counts["owned"] + counts["leased"] + service.growth_pages + missing
+    return counts["owned"] + counts["leased"] + service.growth_pages + service.promised_pages + missing

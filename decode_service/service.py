@@ -327,6 +327,13 @@ class DecodeService:
         return -(-min(left, self._growth_tokens) // self._engine.page_size)
 
     @property
+    def promised_pages(self) -> int:
+        """Pages that prompts will take which were submitted here, and for which nothing is set aside yet."""
+        size, jobs = self._engine.page_size, self._jobs.values()
+        coming = [job.shared for job in jobs if job.expected and not job.reserved]
+        return sum(-(-len(s.ids) // size) + self._growth_of(s) * len(s.choices) for s in coming)
+
+    @property
     def growth_pages(self) -> int:
         """Pages that all that run, and those that are on their way here, are expected to take yet."""
         coming = [job.shared for job in self._jobs.values() if job.reserved and job.expected]

@@ -31,10 +31,11 @@ def test_an_idle_tier_needs_nothing_and_keeps_its_least() -> None:
     ("change", "least", "words"),
     [
         ({"arriving_tokens_per_s": 2400.0}, 3, "2400 tokens/s arrive"),
-        ({"queued_tokens": 4000}, 5, "4000 wait"),
-        ({"queued_tokens": 4000, "tokens_per_s": 0.0}, 5, "at 800 tokens/s"),
+        ({"queued_tokens": 65000}, 4, "65000 wait and 64000 of them too long: 4.0 workers"),
+        ({"queued_tokens": 65000, "tokens_per_s": 0.0}, 4, "at 800 tokens/s"),
+        ({"queued_tokens": 4000, "arriving_tokens_per_s": 2400.0, "ready": 4}, 3, "0 of them too long"),
         ({"queue_wait_s": 5.0, "queued_tokens": 10, "ready": 3}, 4, "queue wait is 5.00 s"),
-        ({"first_token_s": 5.0, "queued_tokens": 10, "ready": 3}, 4, "TTFT is 5.00 s"),
+        ({"first_token_s": 5.0, "queue_wait_s": 1.5, "queued_tokens": 10, "ready": 3}, 4, "TTFT is 5.00 s"),
     ],
 )
 def test_prefill_asks_for_what_it_can_explain(change: dict[str, float], least: int, words: str) -> None:
@@ -47,11 +48,16 @@ def test_a_wait_that_is_over_is_no_reason_for_more() -> None:
     assert prefill_need(replace(IDLE, queue_wait_s=9.0, first_token_s=9.0), PrefillTarget()).workers == 0
 
 
+def test_long_prompts_are_no_reason_for_more() -> None:
+    """More workers would not make a prompt shorter that nothing waits behind."""
+    assert prefill_need(replace(IDLE, first_token_s=9.0, queued_tokens=900), PrefillTarget()).workers == 0
+
+
 @pytest.mark.parametrize(
     ("change", "least", "words"),
     [
         ({"projected_pages": 2000}, 3, "2000 pages projected"),
-        ({"running": 10, "token_gap_s": 0.15, "ready": 2}, 3, "ITL is 150 ms against 100 ms"),
+        ({"running": 10, "token_gap_s": 0.15, "ready": 2}, 4, "ITL is 150 ms with 2 workers, against 100 ms"),
         ({"running": 10, "token_gap_s": 9.0, "ready": 2}, 4, "ITL is 9000 ms"),
         ({"refused_grants_per_s": 2.0, "ready": 2}, 3, "2.0 grants a second"),
     ],
@@ -175,6 +181,54 @@ def test_a_need_at_the_edge_of_a_worker_does_not_flutter() -> None:
 
 
 def test_a_decision_has_its_reason() -> None:
-    _, decision = decide(Steady(), prefill_need(replace(IDLE, queued_tokens=4000), PrefillTarget()), 1, BOUNDS, 0.0)
-    assert decision == Decision(3, "0 tokens/s arrive and 4000 wait: 5.0 workers at 800 tokens/s; 5 are needed, "
-                                   "no more than doubled at once")  # fmt: skip
+    _, decision = decide(Steady(), prefill_need(replace(IDLE, queued_tokens=81000), PrefillTarget()), 1, BOUNDS, 0.0)
+    assert decision == Decision(
+        3,
+        "0 tokens/s arrive, 81000 wait and 80000 of them too long: 5.0 workers at 800 tokens/s;"
+        " 5 are needed, no more than doubled at once",
+    )
+
+
+def test_nothing_is_given_up_before_a_whole_window_was_seen() -> None:
+    """A controller that begins again knows no peak."""
+    state, count = Steady(), 5
+    for now_s in range(int(BOUNDS.window_s)):
+        state, decision = decide(state, Need(1.0, "little"), count, BOUNDS, 700.0 + now_s)
+        assert decision.desired == 5 and decision.reason == "little; 2 would do, but not yet for 120 s"
+    _, decision = decide(state, Need(1.0, "little"), count, BOUNDS, 700.0 + BOUNDS.window_s)
+    assert decision == Decision(4, "little; 2 were enough for 120 s")
+
+
+def test_a_worker_is_given_up_only_when_something_of_one_is_left_over() -> None:
+    for need, after in ((2.9, 3), (2.7, 3), (1.9, 3), (1.7, 2)):
+        state, count = Steady(), 3
+        for now_s in range(130):
+            state, decision = decide(state, Need(need, "x"), count, BOUNDS, float(now_s))
+            count = decision.desired
+        assert count == after, need
+
+
+def test_of_two_reductions_the_second_waits() -> None:
+    state = Steady(needs=(), lowered_s=500.0, since_s=0.0)
+    assert decide(state, Need(1.0, "x"), 3, BOUNDS, 505.0)[1] == Decision(3, "x; one was given up just now")
+    assert decide(state, Need(1.0, "x"), 3, BOUNDS, 510.0)[1].desired == 2
+
+
+def test_who_starts_counts_as_there() -> None:
+    """A queue that outlasts the start of a worker asks for no second one: `current` is what is wanted, not ready."""
+    signals = replace(IDLE, queue_wait_s=6.0, queued_tokens=3000, ready=1)
+    state, count = Steady(), 1
+    for now_s in range(20):
+        state, decision = decide(state, prefill_need(signals, PrefillTarget()), count, BOUNDS, float(now_s))
+        count = decision.desired
+    assert count == 2
+
+
+def test_a_batch_too_large_asks_for_no_more_than_twice_as_many() -> None:
+    need = decode_need(replace(QUIET, running=10, token_gap_s=9.0, ready=3), DecodeTarget())
+    assert need.workers == 6
+
+
+def test_what_is_promised_counts_before_it_runs() -> None:
+    need = decode_need(replace(QUIET, projected_pages=3400), DecodeTarget())
+    assert need == Need(4.0, "3400 pages projected: 4.0 workers of 850")

@@ -95,9 +95,9 @@ def test_a_window_forgets_what_is_older_and_is_bounded() -> None:
         window.add(float(value))
     assert window.high() == 9.0, "the 90th percentile of 1 .. 10"
     assert window.high([100.0] * 10) == 100.0
-    assert window.per_s() == 55.0, "the first second of a life counts as a whole one"
+    assert window.per_s() == 55.0 / WINDOW_S, "what came to another worker before is not counted again here"
     now_s += 4.0
-    assert window.per_s() == pytest.approx(55.0 / 4.0)
+    assert window.per_s() == 55.0 / WINDOW_S
     now_s += WINDOW_S
     assert window.values() == []
     for _ in range(MAX_SAMPLES + 5):
@@ -121,13 +121,13 @@ def test_reports_that_nobody_reads_do_not_hold_the_worker_up() -> None:
 
 
 def test_what_workers_under_load_say_of_themselves() -> None:
-    """Three seconds of twelve prompts of 200 tokens each second, on workers whose steps take 20 ms."""
+    """Six seconds of twelve prompts of 200 tokens each second, on workers whose steps take 20 ms."""
 
     async def main() -> tuple[dict[str, float], dict[str, float]]:
         cluster = SimCluster(1, prefill=1, decode=1, pages=2000, step_s=0.02)
         await cluster.start()
         params = SamplingParams(max_tokens=60, temperature=0.0, seed=0)
-        for n in range(36):
+        for n in range(72):
             prompt = prompt_of(Random(n), 200)
             cluster.spawn(cluster.generate(request_of(f"r{n}", prompt, params)))
             await asyncio.sleep(1 / 12)
@@ -135,6 +135,7 @@ def test_what_workers_under_load_say_of_themselves() -> None:
         decode = cluster.alive["decode-0"].worker
         held = decode.pool.counts()["owned"]
         assert said[1]["projected_pages"] > held, "growth counts"
+        assert decode.tier.decode is not None and decode.tier.decode.promised_pages > 0, "some wait to be computed"
         await cluster.close()
         return said[0], said[1]
 
@@ -178,7 +179,7 @@ def test_an_aggregated_worker_says_both() -> None:
         cluster = SimCluster(1, prefill=0, decode=0, aggregated=1, pages=2000, step_s=0.02)
         await cluster.start()
         params = SamplingParams(max_tokens=60, temperature=0.0, seed=0)
-        for n in range(24):
+        for n in range(60):
             cluster.spawn(cluster.generate(request_of(f"r{n}", prompt_of(Random(n), 200), params)))
             await asyncio.sleep(1 / 12)
         said = signals_of(cluster.alive["worker-0"].worker)

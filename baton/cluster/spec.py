@@ -80,7 +80,7 @@ class SecuritySpec:
 class SteadySpec:
     """How reluctant a tier is to shrink: see baton/scaling/steady.py."""
 
-    window_s: float = 60.0
+    window_s: float = 120.0
     pause_s: float = 10.0
 
 

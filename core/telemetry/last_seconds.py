@@ -21,7 +21,6 @@ class Window:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._began_s = clock()
         self._samples: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
 
     def add(self, value: float) -> None:
@@ -34,8 +33,11 @@ class Window:
         return [value for _, value in self._samples]
 
     def per_s(self) -> float:
-        """The sum of the samples per second; of a young worker, per second of its life."""
-        return sum(self.values()) / min(WINDOW_S, max(1.0, self._clock() - self._began_s))
+        """The sum of the samples over the whole window, in a young worker too.
+
+        A new worker is given what came to the others before: rates over its short life would count that twice.
+        """
+        return sum(self.values()) / WINDOW_S
 
     def high(self, others: Iterable[float] = ()) -> float:
         """The 90th percentile of the samples and of `others`; 0 when there are none."""
