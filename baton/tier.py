@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 LOAD_PERIOD_S = 0.05
 SWEEP_S = 0.2  # how often `sweep` is called
 LOCAL_SHARE = 0.25  # of a decode worker's time, at most, goes to prompts that it prefills beside its batch
+DRAINS = "this worker is draining"
 RATE_WEIGHT = 0.2  # of the newest step in the running means
 
 
@@ -94,7 +95,7 @@ class WorkerTier:
         with self._refusals_counted():
             self.gate.admit(submit, as_source=self.prefill is not None)
         if self.draining:
-            raise WorkerDraining("this worker is draining")
+            raise WorkerDraining(DRAINS)
         if self.prefill is not None:
             self.prefill.submit(submit)
         else:
@@ -113,7 +114,10 @@ class WorkerTier:
         if self.lender is not None:
             with contextlib.suppress(BadTicket), self._refusals_counted():
                 self.gate.lend(lend)
-                self.lender.lend(lend)
+                if self.draining:
+                    self.lender.refuse(lend, WorkerDraining(DRAINS))
+                else:
+                    self.lender.lend(lend)
 
     @contextlib.contextmanager
     def _refusals_counted(self) -> Iterator[None]:
@@ -149,6 +153,18 @@ class WorkerTier:
         except TimeoutError:
             raise EngineError("the engine's loop did not come round within 10 s") from None
         return self._clock() - began_s
+
+    # --- its drain ---------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Take nothing new from now on; routers hear of it with the next load report."""
+        self.draining, self._load_s = True, float("-inf")
+
+    def hand_back(self, *, begun: bool) -> int:
+        """Let routers place elsewhere what has not begun here, or everything. How many attempts these were."""
+        service = self.prefill or self.decode
+        assert service is not None
+        return service.hand_back(WorkerDraining("handed back: this worker is draining"), begun=begun)
 
     # --- from the engine and the clock -------------------------------------------------------------------------
 

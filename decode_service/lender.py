@@ -79,6 +79,10 @@ class Lender:
         pool.release_all(found)
         self._asking[key] = self._spawn(self._lend(key, lend, hashes[: len(found)]))
 
+    def refuse(self, lend: Lend, error: BatonError) -> None:
+        """The peer need not wait for it."""
+        self._source.decline(HandoffKey(lend.request_id, lend.attempt).history, lend.peer, error)
+
     def cancel(self, key: HandoffKey) -> None:
         """Of the request's attempt: its loan has no use any more. Unknown ones are ignored."""
         loan = key.history

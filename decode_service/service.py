@@ -15,7 +15,7 @@ from functools import partial
 from typing import Protocol
 
 from core.clock import Clock
-from core.errors import BatonError, DeadlineExceeded, InvalidRequest, NoCapacity
+from core.errors import BatonError, DeadlineExceeded, InvalidRequest, NoCapacity, WorkerDraining
 from core.messages import Cancel, Peer, Receipt, RequestFailed, Submit, Token, Tokens, WorkerId
 from core.telemetry.worker_metrics import WorkerMetrics
 from decode_service.receipts import prefilled_here, taken_in
@@ -43,7 +43,7 @@ class Receiver(Protocol):
         ticket: bytes = b"",
     ) -> None: ...
 
-    def cancel(self, key: HandoffKey) -> None: ...
+    def cancel(self, key: HandoffKey, error: BatonError | None = None) -> None: ...
 
 
 @dataclass(slots=True)
@@ -127,6 +127,13 @@ class DecodeService:
             for sequence in job.sequences.values():
                 self._metrics.reclaims.hold_until(_ids(job), partial(_is_back, sequence))
             self._metrics.reclaims.let_go(_ids(job))
+
+    def hand_back(self, error: WorkerDraining, *, begun: bool) -> int:
+        """Give up what has not begun, or everything: routers go on with it elsewhere. How many attempts these were."""
+        jobs = [job for job in self._jobs.values() if begun or not _has_begun(job)]
+        for job in jobs:
+            self._fail(job, error)
+        return len(jobs)
 
     def _supersede(self, submit: Submit) -> None:
         """Raises InvalidRequest for an attempt that is older than one we have."""
@@ -307,16 +314,16 @@ class DecodeService:
         self._jobs.pop(job.key, None)
         self._outlet.end((job.submit.request_id, job.submit.attempt))
 
-    def _drop(self, job: _Job) -> None:
-        """Let go of everything, without a word."""
+    def _drop(self, job: _Job, error: BatonError | None = None) -> None:
+        """Let go of everything, without a word but to the source."""
         self._jobs.pop(job.key, None)
         if job.expected and self._receiver is not None:
-            self._receiver.cancel(job.key)
+            self._receiver.cancel(job.key, error)
         for sequence in {s.sequence_id: s for s in job.sequences.values()}.values():
             self._engine.remove(sequence)
 
     def _fail(self, job: _Job, error: BatonError, blames: WorkerId | None = None) -> None:
-        self._drop(job)
+        self._drop(job, error if isinstance(error, WorkerDraining) else None)
         self._outlet.send([RequestFailed(*_ids(job), error.code, error.message, blames)])
 
     # --- figures -----------------------------------------------------------------------------------------------
@@ -374,6 +381,11 @@ class DecodeService:
 
 def _ids(job: _Job) -> tuple[str, int]:
     return job.submit.request_id, job.submit.attempt
+
+
+def _has_begun(job: _Job) -> bool:
+    """Pages are set aside for it, or were when it was first computed."""
+    return job.reserved or any(s.first_admitted_s is not None for s in job.sequences.values())
 
 
 def _is_back(sequence: Sequence) -> bool:

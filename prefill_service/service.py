@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.clock import Clock
-from core.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest, NoCapacity
-from core.messages import Cancel, Peer, Receipt, RequestFailed, Submit, Token, Tokens
+from core.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest, NoCapacity, WorkerDraining
+from core.messages import Cancel, Peer, Receipt, RequestFailed, Submit, Token, Tokens, WorkerId
 from core.telemetry.worker_metrics import WorkerMetrics
 from engine import sequence as sequences
 from engine.engine import Engine, Sampled, StepReport
@@ -133,6 +133,13 @@ class PrefillService:
         reclaims.hold_until(key, lambda: not job.sequence.pages)
         reclaims.let_go(key)
 
+    def hand_back(self, error: WorkerDraining, *, begun: bool) -> int:
+        """Give up what has not begun, or everything: routers place it elsewhere. How many attempts these were."""
+        jobs = [job for job in self._jobs.values() if begun or not job.granted]
+        for job in jobs:
+            self._end(job, error)
+        return len(jobs)
+
     # --- the queue ---------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
@@ -183,7 +190,7 @@ class PrefillService:
             return
         except BatonError as error:
             job.offer = None
-            self._end(job, error)
+            self._end(job, error, blames=_leaver(job, error))
             return
         job.offer = None
         self._begin(job, grant)
@@ -281,10 +288,11 @@ class PrefillService:
         if job.sequence.status is not sequences.Status.WAITING:
             self._engine.remove(job.sequence)
         if outcome is not State.COMMITTED:
-            self._report_failure(job, error or Cancelled("the decode worker closed the hand-off"))
+            why = error or Cancelled("the decode worker closed the hand-off")
+            self._report_failure(job, why, _leaver(job, why))
         self.pump()
 
-    def _end(self, job: _Job, error: BatonError, *, tell_router: bool = True) -> None:
+    def _end(self, job: _Job, error: BatonError, *, tell_router: bool = True, blames: WorkerId | None = None) -> None:
         """This attempt is over here: the peer is told, the router if it does not know."""
         self._jobs.pop(job.key, None)
         self._borrower.drop(job.key)
@@ -297,11 +305,11 @@ class PrefillService:
         if job.sequence.status is not sequences.Status.WAITING:
             self._engine.remove(job.sequence)
         if tell_router:
-            self._report_failure(job, error)
+            self._report_failure(job, error, blames)
 
-    def _report_failure(self, job: _Job, error: BatonError) -> None:
+    def _report_failure(self, job: _Job, error: BatonError, blames: WorkerId | None) -> None:
         key = (job.submit.request_id, job.submit.attempt)
-        self._outlet.send([RequestFailed(*key, error.code, error.message)])
+        self._outlet.send([RequestFailed(*key, error.code, error.message, blames)])
         self._outlet.end(key)
 
     # --- figures -----------------------------------------------------------------------------------------------
@@ -336,6 +344,11 @@ class PrefillService:
 def _is_ahead(job: _Job) -> bool:
     """Asked for or granted, and not computed to the end."""
     return job.offer is not None or (job.granted and not job.sealed)
+
+
+def _leaver(job: _Job, error: BatonError) -> WorkerId | None:
+    """The peer, when it was the peer that has handed the attempt back."""
+    return job.peer.worker if isinstance(error, WorkerDraining) else None
 
 
 def _urgency(job: _Job) -> tuple[int, float, float]:

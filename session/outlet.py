@@ -152,6 +152,11 @@ class Outlet:
         """Attempts that are not over."""
         return sum(held.ended_s is None for held in self._held.values())
 
+    @property
+    def is_sent(self) -> bool:
+        """Nothing waits on its way to a router whose session is open."""
+        return all(queue.lost_s is not None or queue.messages.empty() for queue in self._routers.values())
+
     def _put(self, router: str, message: TokenBatch | RequestFailed) -> None:
         queue = self._routers.get(router)
         if queue is not None:

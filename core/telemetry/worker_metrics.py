@@ -8,6 +8,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from core.clock import Clock
+from core.telemetry.drain_metrics import DrainMetrics
 from core.telemetry.handoff_metrics import HandoffMetrics
 from core.telemetry.last_seconds import LastSeconds
 from core.telemetry.path_metrics import PathMetrics
@@ -42,6 +43,7 @@ class WorkerMetrics:
         )
         self.handoffs = HandoffMetrics(self._registry, labels)
         self.paths = PathMetrics(self._registry, labels)
+        self.drains = DrainMetrics(self._registry, labels)
         self.lately = LastSeconds(clock)
         self.reclaims = Reclaims(clock, self.handoffs.reclaimed)
 

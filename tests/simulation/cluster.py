@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 from baton.composition import Limits, Machine, Model, Worker
+from baton.drain import Drain
 from core.layout import PageLayout
 from core.messages import Role, WorkerId, WorkerInfo
 from core.sampling import SamplingParams
@@ -289,6 +290,7 @@ class SimCluster:
         self.messages = 0
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
         self.on_message: Callable[[int], None] | None = None  # called with the number of each message
+        self.drained: list[str] = []  # how each drain ended
         self.poisoned: list[WorkerId] = []  # workers that a poison request has killed
         self.violations: list[str] = []  # what was seen on the way
         self.alive: dict[str, SimWorker] = {}
@@ -348,16 +350,24 @@ class SimCluster:
             await asyncio.sleep(restart_s)
             await self.start_worker(name)
 
-    async def drain(self, name: str, patience_s: float = 30.0) -> bool:
-        """Take it out of service, wait until it is idle, start it anew. Whether it came to rest in time."""
-        worker, loop = self.alive[name], asyncio.get_running_loop()
-        worker.worker.tier.draining = True
-        until_s = loop.time() + patience_s
-        while worker.busy and not worker.dead and loop.time() < until_s:
-            await asyncio.sleep(0.1)
-        idle = not worker.busy
-        await self.crash(name, 0.5)
-        return idle
+    async def drain(self, name: str, drain_s: float = 30.0) -> str:
+        """Take it out of service as its process does, and start it anew. How its drain ended; 'dead' when it died."""
+        worker = self.alive[name]
+        drain = asyncio.create_task(Drain(worker.worker, drain_s, lambda: self._has_successor(name)).run())
+        while not drain.done() and not worker.dead:
+            await asyncio.wait([drain], timeout=0.1)
+        drain.cancel()
+        await asyncio.wait([drain])
+        ended = "dead" if drain.cancelled() else drain.result()
+        if not worker.dead:
+            self.drained.append(ended)
+            await self.crash(name, 0.5)
+        return ended
+
+    def _has_successor(self, name: str) -> bool:
+        role = self._roles[name]
+        others = [w for other, w in self.alive.items() if other != name and self._roles[other] is role]
+        return any(not w.dead and not w.worker.tier.draining for w in others)
 
     async def crash_router(self, index: int, restart_s: float) -> None:
         router = self.routers[index]

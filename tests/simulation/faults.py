@@ -161,7 +161,7 @@ async def _drain(cluster: SimCluster, rng: Random) -> bool:
     worker = _pick(cluster, rng, rng.choice(["prefill", "decode"]))
     if worker is None:
         return False
-    await cluster.drain(worker.id.name)
+    await cluster.drain(worker.id.name, rng.choice([rng.uniform(0.1, 2.0), rng.uniform(2.0, 8.0), 30.0]))
     return True
 
 
@@ -189,6 +189,6 @@ FAULTS: dict[str, Fault] = {
     "hung fetches": Fault("one fetch in ten never ends", _mischief(hang=0.1)),
     "clients leave": Fault("three clients go away", _leave),
     "pool too small": Fault("most of a worker's free pages are taken, up to 4 s", _pressure),
-    "drain": Fault("a worker under load is drained and started again", _drain),
+    "drain": Fault("a worker under load, within 0.1 to 30 s; what is left is handed back", _drain),
     "clock jump": Fault("a worker's clock, forward by up to 40 s", _clock),
 }
