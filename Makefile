@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint types sizes architecture proto proto-check simulate clean
+.PHONY: help serve test lint types sizes architecture chart proto proto-check simulate clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -42,6 +42,12 @@ architecture: $(VENV)/.dev ## check that each package imports only what its floo
 
 simulate: $(VENV)/.dev ## simulate faults for MINUTES on all cores (ARGS="--seeds 10000" counts instead)
 	$(BIN)/python -m tests.simulation --minutes $(MINUTES) $(ARGS)
+
+chart: ## copy alerts and dashboards into the Helm chart, which packs no file from outside
+	rm -rf deploy/helm/baton/files/alerts deploy/helm/baton/files/dashboards
+	mkdir -p deploy/helm/baton/files/alerts deploy/helm/baton/files/dashboards
+	cp deploy/alerts/*.yaml deploy/helm/baton/files/alerts
+	cp deploy/grafana/*.json deploy/helm/baton/files/dashboards
 
 proto: $(VENV)/.dev ## generate wire/ from proto/wire/
 	$(call generate,.)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from typing import NoReturn
 
 import pytest
 
@@ -19,11 +20,14 @@ MODULES = frozenset({"ray", "redis", "kubernetes", "kmock", "rich"})
 def need(name: str) -> str:
     """The path of a program, or the name of a Python package, that this test cannot do without."""
     found = _find(name)
-    if found is None and os.environ.get("BATON_CI"):
-        pytest.fail(f"no {name} on this machine, and BATON_CI says that it is there", pytrace=False)
-    if found is None:
-        pytest.skip(f"no {name} on this machine")
-    return found
+    return lack(name) if found is None else found
+
+
+def lack(what: str) -> NoReturn:
+    """Ends the test: what it needs is not there."""
+    if os.environ.get("BATON_CI"):
+        pytest.fail(f"no {what} on this machine, and BATON_CI says that it is there", pytrace=False)
+    pytest.skip(f"no {what} on this machine")
 
 
 def _find(name: str) -> str | None:
