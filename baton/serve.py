@@ -21,6 +21,7 @@ from baton.loading import LoadingBar
 from baton.model_facts import context_tokens
 from baton.options import RouterOptions, WorkerOptions, to_flags
 from baton.ports import bind
+from baton.registry_url import for_children
 from baton.reports import Report
 from core.clock import monotonic_s
 from core.errors import ConfigError
@@ -28,6 +29,7 @@ from core.security.tls import ROUTER
 from engine.config import ModelConfig, read_config
 
 STOP_S = 3.5  # from SIGTERM to SIGKILL of the children
+MAX_ROUTERS = 64
 PREFILL_NICE = 19  # on shared cores decode goes first; prefill has a floor (see DecodePolicy)
 
 
@@ -35,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="PATH_OR_HF_ID", help="folder of a Hugging Face checkpoint, or its id on the hub")
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=8000, help="port to listen on")
+    add("--port", type=int, default=8000, help="port to listen on; of several routers the first one's")
+    add("--routers", type=int, default=1, metavar="N", help="routers, on ports that follow each other")
     add("--prefill", type=int, default=1, metavar="N", help="prefill workers")
     add("--decode", type=int, default=1, metavar="M", help="decode workers")
     add("--aggregated", action="store_true", help="the same workers (N + M of them), each with both roles")
@@ -61,14 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill-share", type=float, default=0.5, help="of shared cores, for a prefill that has waited 500 ms")
     add("--digest", default="xxh3-64", choices=DIGESTS, help="of pages that move; blake3 is keyed, against forgers")
     add("--tls", default="", metavar="DIR", help="mutual TLS, with ca.crt and ROLE.crt, ROLE.key of each role in there")
-    add(
-        "--transport",
-        default="shm",
-        choices=("shm", "ucx", "auto"),
-        help="how pages move between the workers; on one machine shared memory is the fastest",
-    )
+    add("--transport", default="shm", choices=("shm", "ucx", "auto"), help="how pages move; here shm is the fastest")
     add("--ray", action="store_true", help="the same on a Ray cluster that it starts here, a deployment for each tier")
-    add("--registry", default="", metavar="URL", help="with --ray: a running Redis; left out, it starts one of its own")
+    add("--registry", default="", metavar="URL", help="a running Redis, where routers share limits")
+    add("--registry-prefix", default="baton", metavar="NAME", help="what its keys begin with there")
     add("--threads", type=int, default=0, help="compute threads of each worker; 0: one per core")
 
 
@@ -77,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     checkpoint = locate(args.model)
     config = read_config(checkpoint)
-    bind(args.host, args.port).close()
+    for number in range(args.routers):
+        bind(args.host, args.port + number).close()
     if args.ray:
         from baton.cluster import local  # Ray is an extra, and slow to import
 
@@ -93,6 +93,8 @@ def _check(args: argparse.Namespace) -> None:
     """Raises ConfigError, naming the flag."""
     if args.prefill < 1 or args.decode < 1:
         raise ConfigError("--prefill and --decode must be at least 1; for one pool of workers use --aggregated")
+    if not 1 <= args.routers <= MAX_ROUTERS:
+        raise ConfigError(f"--routers must be from 1 to {MAX_ROUTERS}, got {args.routers}")
     if args.page_size < 16 or args.page_size % 16:
         raise ConfigError(f"--page-size must be a multiple of 16, got {args.page_size}")
     if args.local_prefill != "auto" and not args.local_prefill.isdecimal():
@@ -112,7 +114,7 @@ class _State:
 
 
 class Launcher:
-    """Starts the workers and the router together, says when all are ready, keeps them alive, ends them."""
+    """Starts the workers and the routers together, says when all are ready, keeps them alive, ends them."""
 
     def __init__(self, args: argparse.Namespace, checkpoint: Path, config: ModelConfig, folder: Path) -> None:
         self._args = args
@@ -123,10 +125,12 @@ class Launcher:
         self._state = _State(asyncio.Event(), asyncio.Event())
         self._key_file = write_key(folder)
         hooks = Hooks(self._on_report, _print_log, self._on_exit)
+        self._registry, secret = for_children(args.registry)
+        env = _child_env() | secret
         workers = self._workers()
-        env = _child_env()
         self._children = [Child(w.name, "worker", to_flags(w), env, hooks) for w in workers]
-        self._children.append(Child("router", "router", to_flags(self._router(workers)), env, hooks))
+        routers = [self._router(workers, number) for number in range(args.routers)]
+        self._children += [Child(router.name, "router", to_flags(router), env, hooks) for router in routers]
         self._state.waiting = len(self._children)
 
     async def serve(self) -> int:
@@ -178,19 +182,24 @@ class Launcher:
             served_name=args.served_model_name or self._checkpoint.name,
             digest=args.digest,
             drain_s=0.0,
+            registry=self._registry,
+            registry_prefix=args.registry_prefix,
             ticket_key_file=str(self._key_file),
             tls_cert=tls.certificate,
             tls_key=tls.key,
             tls_ca=tls.authority,
         )
 
-    def _router(self, workers: list[WorkerOptions]) -> RouterOptions:
+    def _router(self, workers: list[WorkerOptions], number: int) -> RouterOptions:
         args, tls = self._args, tls_in(self._args.tls, ROUTER)
         return RouterOptions(
+            name="router" if args.routers == 1 else f"router-{number}",
             model=str(self._checkpoint),
             workers=",".join(f"{w.name}={w.listen}" for w in workers),
             host=args.host,
-            port=args.port,
+            port=args.port + number,
+            registry=self._registry,
+            registry_prefix=args.registry_prefix,
             served_name=args.served_model_name or self._checkpoint.name,
             max_context=context_tokens(self._config.max_positions, args.max_context),
             local_prefill=args.local_prefill,
@@ -230,11 +239,11 @@ class Launcher:
         await self._state.ready.wait()
         self._bar.close()
         host = "localhost" if self._args.host in ("127.0.0.1", "0.0.0.0", "::1", "::") else self._args.host  # noqa: S104
-        url = f"http://{host}:{self._args.port}"
+        url, *others = [f"http://{host}:{self._args.port + number}" for number in range(self._args.routers)]
         model = self._args.served_model_name.split(",")[0] or self._checkpoint.name
         body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         print(
-            f"ready: {model} on {url}   try: "
+            f"ready: {model} on {' and '.join([url, *others])}   try: "
             f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
             flush=True,
         )
