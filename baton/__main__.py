@@ -55,6 +55,7 @@ COMMANDS = (
     Command("deploy", "baton.cluster.deploy", "bring a cluster file onto a running Ray cluster, or change it there"),
     Command("undeploy", "baton.cluster.undeploy", "take it down again; workers finish what they have"),
     Command("doctor", "baton.doctor", "prove and measure every path between the workers of a running server"),
+    Command("k8s", "baton.k8s.command", "look at a Kubernetes cluster, and say what is wrong with it for Baton"),
     Command("worker", "baton.worker", "one worker process", hidden=True),
     Command("router", "baton.router_process", "one router process", hidden=True),
 )
