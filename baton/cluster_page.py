@@ -144,12 +144,16 @@ def _pairs(pairs: Sequence[PairView]) -> Group:
     rows = _table("FROM", "TO", "PATH", ">BANDWIDTH", ">PAGE", ">REQUESTS", "")
     for pair in shown[:MAX_PAIRS]:
         rate, latency = f"{pair.bytes_per_s / 1e9:.2f} GB/s", seconds(pair.latency_s)
-        numbers = (pair.transport, rate, latency) if pair.transport else ("not used yet", "-", "-")
+        numbers = (pair.transport, rate, latency) if pair.transport else (_no_path(pair), "-", "-")
         note = Text(pair.trouble, style="red") if pair.trouble else Text("" if pair.needed else "loans")
         _add(rows, pair.source, pair.receiver, *numbers, str(pair.requests) if pair.needed else "-", note)
     left = len(shown) - MAX_PAIRS
     more = [Text(f"and {left} more; `baton doctor transport` shows all", style="dim")] if left > 0 else []
     return Group(rows, *more)
+
+
+def _no_path(pair: PairView) -> str:
+    return "none" if pair.trouble else "not used yet"
 
 
 def _latency(view: ClusterView) -> Table:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from baton.doctor_judgement import Finding, merged
 from baton.doctor_judgement import judge as judge_paths
@@ -17,6 +18,7 @@ from router.path_survey import PairPath, PathReply
 FULL_SHARE = 0.95  # of a pool: what is above it is as good as full
 LONG_WAIT_S = 10.0  # that prompts stand in the queues of a tier
 READY, STARTING, DRAINING = WorkerState.READY.value, WorkerState.STARTING.value, WorkerState.DRAINING.value
+SLOW_ADVICE = "measured once, perhaps in a busy moment: `baton doctor transport` measures anew"
 HELD = ("owned", "leased", "quarantined")  # pages that cannot be had for the asking
 
 GONE_ADVICE = {
@@ -127,7 +129,10 @@ def _paths(view: ClusterView) -> Iterable[Finding]:
         for pair in view.handoffs
         if (pair.transport or pair.trouble) and {pair.source, pair.receiver} <= up
     )
-    return judge_paths(PathReply(used)) if used else ()
+    broken, sound = [path for path in used if path.trouble], [path for path in used if not path.trouble]
+    yield from judge_paths(PathReply(tuple(broken))) if broken else ()
+    for finding in judge_paths(PathReply(tuple(sound))) if sound else ():
+        yield replace(finding, wrong=False, advice=SLOW_ADVICE) if finding.wrong else finding
 
 
 def _draining(view: ClusterView) -> Iterable[Finding]:

@@ -94,6 +94,13 @@ def test_what_is_wrong_is_said_once_with_advice(name: str) -> None:
 
 HINTS = {
     "starting": (replace(WELL, tiers=(tier("decode", 1, 2, starting=1),)), "the rest is starting"),
+    "slow": (
+        replace(
+            WELL,
+            handoffs=(PAIR, replace(PAIR, source="d1"), replace(PAIR, receiver="d1", bytes_per_s=PAIR.bytes_per_s / 9)),
+        ),
+        "9 times slower",
+    ),
     "draining": (changed("d1", state="draining", running_requests=2, waiting_requests=1), "3 requests left"),
 }
 
