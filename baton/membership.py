@@ -55,6 +55,13 @@ class Membership:
         """Where routers and peers reach it."""
         return self._record.endpoint
 
+    def has_successor(self) -> bool:
+        """Whether another worker that is ready could do what this one does. Without a registry none is known."""
+        mine = self._record
+        known = {} if self._registry is None else self._registry.snapshot.records
+        others = [r for r in known.values() if r.state is WorkerState.READY and r.worker != mine.worker]
+        return any(r.info.role is mine.info.role and r.info.identity == mine.info.identity for r in others)
+
     def announce(self, state: WorkerState, trouble: str = "") -> None:
         """Tell everybody soon. A worker that drains does not become ready any more."""
         if self._gone or ORDER.index(state) < ORDER.index(self.state):

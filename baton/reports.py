@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`what`: 'loading' (done, total), 'ready' (endpoint), 'signals' (numbers), or 'failed' (message, exit code)."""
+    """`what`: 'loading' (done, total), 'ready' (endpoint), 'signals' (numbers), 'drained' (its outcome as the message:
+    core.telemetry.drain_metrics), or 'failed' (message, exit code)."""
 
     what: str
     done: int = 0

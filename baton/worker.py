@@ -25,6 +25,7 @@ import uvloop
 from baton import lifeline
 from baton.composition import Limits, Machine, Model, Worker
 from baton.credentials import digest_of, keys_of, tickets_of, tls_of
+from baton.drain import Drain
 from baton.loaded_model import LoadedModel, PoolWish, load
 from baton.logs import set_up_logs
 from baton.membership import Membership
@@ -39,7 +40,9 @@ from baton.worker_signals import PERIOD_S, signals_of
 from core.clock import monotonic_s
 from core.errors import StartupError
 from core.messages import Role, WorkerId, WorkerInfo
+from core.registry.records import WorkerState
 from core.security.channels import Channels
+from core.telemetry.drain_metrics import CUT_SHORT
 from engine.torch_executor import TorchExecutor
 from kvtransfer.frames import Frames
 from kvtransfer.paths import Paths
@@ -72,14 +75,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 class WorkerProcess:
-    """Composes a worker over torch and shared memory, and runs it until SIGTERM or SIGINT."""
+    """Composes a worker over torch and shared memory, and runs it until it is told to stop."""
 
     def __init__(self, options: WorkerOptions, report: Callable[[Report], None]) -> None:
         """Raises ConfigError."""
         self._options = options
         self._report = report
         self._compute = ThreadPoolExecutor(1, "compute", initializer=_lower_priority, initargs=(options.nice,))
-        self._stopping = asyncio.Event()
+        self._told = asyncio.Event()  # to stop, after a drain
+        self._stopping = asyncio.Event()  # at once
         self._keys = keys_of(options)
         self._digest = digest_of(options.digest, self._keys)
         self._tls = tls_of(options)
@@ -93,9 +97,9 @@ class WorkerProcess:
         paths = paths_for(self._options, monotonic_s)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stopping.set)
+            loop.add_signal_handler(number, self._on_signal)
         loading = asyncio.ensure_future(loop.run_in_executor(self._compute, self._load))
-        stop = asyncio.create_task(self._stopping.wait())
+        stop = asyncio.create_task(self._told.wait())
         either: set[asyncio.Future[Any]] = {loading, stop}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
@@ -171,7 +175,7 @@ class WorkerProcess:
         engine = worker.start()
         sweeping = asyncio.create_task(_every(SWEEP_S, server.desk.sweep), name="sweep")
         telling = asyncio.create_task(_every(PERIOD_S, lambda: self._tell(worker)), name="signals")
-        stop = asyncio.create_task(self._stopping.wait())
+        told = asyncio.create_task(self._told.wait())
         await server.start()
         info = worker.info
         where, pages = membership.endpoint, info.pages_total
@@ -180,15 +184,39 @@ class WorkerProcess:
         ready = Report("ready", endpoint=where)
         member = asyncio.create_task(membership.keep(test, lambda: self._report(ready)), name="membership")
         try:
-            first: set[asyncio.Future[Any]] = {engine, stop, sweeping, telling, member}
+            first: set[asyncio.Future[Any]] = {engine, told, sweeping, telling, member}
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-            return 0 if self._stopping.is_set() else _report_end(engine)
+            if self._told.is_set():
+                await self._drain(worker, membership, engine)
+            return 0 if self._told.is_set() and not engine.done() else _report_end(engine)
         finally:
-            for task in (engine, stop, sweeping, telling, member):
+            for task in (engine, told, sweeping, telling, member):
                 task.cancel()
-            await asyncio.gather(engine, stop, sweeping, telling, member, return_exceptions=True)
+            await asyncio.gather(engine, told, sweeping, telling, member, return_exceptions=True)
             await membership.withdraw()
             await server.close()
+
+    def _on_signal(self) -> None:
+        """The first begins the drain. Another, or the first where there is no time for one, ends the worker at once."""
+        if self._told.is_set() or not self._options.drain_s:
+            self._stopping.set()
+        self._told.set()
+
+    async def _drain(self, worker: Worker, membership: Membership, engine: asyncio.Task[None]) -> None:
+        """Finish what it has, or hand it back; unless a second signal, or the end of the engine, cuts that short."""
+        if self._stopping.is_set():
+            return
+        membership.announce(WorkerState.DRAINING)
+        drain = asyncio.create_task(Drain(worker, self._options.drain_s, membership.has_successor).run(), name="drain")
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {drain, stop, engine}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            drain.cancel()
+            stop.cancel()
+            ended = await asyncio.gather(drain, return_exceptions=True)
+        self._report(Report("drained", message=ended[0] if isinstance(ended[0], str) else CUT_SHORT))
 
     def _tell(self, worker: Worker) -> None:
         self._report(Report("signals", numbers=signals_of(worker)))
