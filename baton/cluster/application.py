@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -32,7 +33,9 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 def _deployment(spec: ClusterSpec, tier: str, replica: type) -> serve.Deployment:
     plain: Any = serve.deployment(replica)  # the annotation there is of the decorator alone
-    deployment: serve.Deployment = plain.options(**options_of(spec, tier))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # metrics_interval_s: see PUSH_VARIABLE
+        deployment: serve.Deployment = plain.options(**options_of(spec, tier))
     return deployment.options(version=version_of(spec, tier), _internal=True)
 
 

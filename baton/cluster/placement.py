@@ -19,6 +19,7 @@ PUSH_S = 0.5  # how often a replica sends its signals to the controller
 LOOK_BACK_S = 2.0  # a replica samples its signals five times in this
 STARTS = 3  # in a row that may fail before the deployment is given up
 POLICIES = {ROUTER: "RouterTierPolicy", PREFILL: "PrefillTierPolicy", DECODE: "DecodeTierPolicy"}
+# Serve is about to read its interval from this variable; Serve 2.60 still reads the config.
 PUSH_VARIABLE = "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
 
 Tier = RouterSpec | PrefillSpec | DecodeSpec
@@ -65,6 +66,7 @@ def autoscaling(spec: ClusterSpec, name: str, tier: Tier) -> dict[str, Any]:
     return {
         "min_replicas": tier.min,
         "max_replicas": tier.max,
+        "metrics_interval_s": PUSH_S,  # the variable alone is not enough: see PUSH_VARIABLE
         "look_back_period_s": LOOK_BACK_S,
         "upscale_delay_s": 0.0,
         "downscale_delay_s": 0.0,

@@ -86,7 +86,7 @@ class RouterReplica:
         self._supervisor = Supervisor(self._name, "router", to_flags(options), tier.env, monotonic_s)
         self._undo.push_async_callback(self._supervisor.stop, tier.drain_s + HAND_BACK_S)
         await self._supervisor.start(tier.start_s, _end_with_it)
-        self._url = f"http://{self._supervisor.endpoint or f'{_place().host}:{tier.http_port}'}"
+        self._url = self._supervisor.endpoint
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CHECK_S))
         self._undo.push_async_callback(self._http.close)
         self._inflight = 0.0
@@ -133,9 +133,9 @@ def _name(role: str) -> str:
 
 
 def _place() -> Place:
-    labels: Any = ray.get_runtime_context().get_node_labels()  # the annotation there says another type
-    host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    return Place(host, labels)
+    me: str = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == me)
+    return Place(node["NodeManagerAddress"], node["Labels"])
 
 
 def _channels(spec: ClusterSpec, role: str) -> Channels:
