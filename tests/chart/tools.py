@@ -109,5 +109,7 @@ def checkov() -> str:
     return str(program)
 
 
-def run(command: list[str], *, given: str = "", limit_s: float = RUN_S) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=limit_s, check=False)
+def run(
+    command: list[str], *, given: str = "", cwd: Path | None = None, limit_s: float = RUN_S
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=given, cwd=cwd, capture_output=True, text=True, timeout=limit_s, check=False)
