@@ -30,7 +30,7 @@ from baton.registry_link import open_registry
 from baton.reports import Report, reporter
 from baton.router_share import RouterShare
 from core.clock import monotonic_s
-from core.errors import ConfigError, StartupError
+from core.errors import ConfigError, NoCapacity, StartupError
 from core.registry.routers import RouterRecord
 from core.security.channels import Channels
 from kvtransfer.chores import Chores
@@ -47,7 +47,7 @@ from router.permits import Permits
 from router.registry_metrics import show_registry
 from router.saga import Saga
 from router.scaling_board import ScalingBoard
-from router.server import http_server
+from router.server import HttpServer, http_server
 from router.threshold import Threshold
 from router.tokenizer import load_tokenizer
 from router.workers import Workers
@@ -56,7 +56,8 @@ log = logging.getLogger(__name__)
 
 Loops: TypeAlias = "Mapping[str, Coroutine[Any, Any, None]]"
 
-STREAM_GRACE_S = 2  # open streams may end by themselves for so long after SIGTERM
+STREAM_GRACE_S = 2  # open streams may end by themselves for so long, at least
+LISTEN_S = 5.0  # of the drain, or a quarter of it: balancers still send requests to a router that has been told to stop
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +93,7 @@ class RouterProcess:
         self._tickets = tickets_of(keys_of(options))
         self._channels = Channels(tls_of(options))
         self._limits = Limits()
+        self._server: HttpServer | None = None  # once it runs
         self._link = open_registry(options.registry, options.registry_prefix)
 
     async def serve(self, report: Callable[[Report], None]) -> None:
@@ -113,7 +115,7 @@ class RouterProcess:
             metrics=metrics,
             limits=self._limits,
             parts=Parts() if share is None else share.parts,
-            health=members.health,
+            health=lambda: self._health(members),
             worker_metrics=members.metrics,
             survey=survey,
             cluster=watch.look,
@@ -131,15 +133,22 @@ class RouterProcess:
         for name, loop in loops.items():
             chores.spawn(loop, name)
         try:
-            grace_s = max(STREAM_GRACE_S, math.ceil(self._options.drain_s))
-            server = http_server(app, self._options.host, self._options.port, grace_s)
+            listen_s = min(LISTEN_S, self._options.drain_s / 4)
+            grace_s = max(STREAM_GRACE_S, math.floor(self._options.drain_s - listen_s))
+            self._server = server = http_server(app, self._options.host, self._options.port, grace_s)
             for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
+                asyncio.get_running_loop().add_signal_handler(number, server.drain, listen_s)
             await server.serve([listener])
         finally:
             await chores.stop()
             if self._link is not None:
                 await self._link.close()
+
+    async def _health(self, members: Members) -> None:
+        """Raises NoCapacity: a balancer is to send nothing more, or no worker answers."""
+        if self._server is not None and self._server.draining:
+            raise NoCapacity("this router is draining")
+        await members.health()
 
     def _saga(self, metrics: RouterMetrics, share: RouterShare | None) -> Saga:
         return Saga(
@@ -166,9 +175,7 @@ class RouterProcess:
         show_registry(metrics.registry, self._link.store, self._link.registry, monotonic_s)
         return RouterShare(self._link, RouterRecord(self._id, self._options.name, url), self._limits, monotonic_s)
 
-    def _watch(
-        self, model: str, metrics: RouterMetrics, survey: PathSurvey, share: RouterShare | None
-    ) -> ClusterWatch:
+    def _watch(self, model: str, metrics: RouterMetrics, survey: PathSurvey, share: RouterShare | None) -> ClusterWatch:
         board = ScalingBoard(None if self._link is None else self._link.store, monotonic_s)
         identity = Identity(self._options.name, model, baton.__version__, tuple(self._named))
         announced = nothing_announced if share is None else share.announced

@@ -24,6 +24,7 @@ MAX_HEADER_BYTES = 16 * 2**10
 HEADER_TIMEOUT_S = 10.0
 LINGER_S = 1.0
 KEEP_ALIVE_S = 75.0  # longer than the idle time of common proxies: they close first, and no request is lost
+CLOSE = (b"connection", b"close")
 REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 
 
@@ -100,7 +101,22 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 class HttpServer(uvicorn.Server):
-    """Signals belong to the process that runs this, not to a library: `should_exit = True` stops it."""
+    """Signals belong to the process that runs this, not to a library: `drain`, or `should_exit = True`, stops it."""
+
+    draining = False
+
+    def drain(self, listen_s: float) -> None:
+        """Listen for so long yet, since balancers hear of it late, and let every client go with its answer; then stop.
+
+        A second call stops at once.
+        """
+        if self.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self.draining = True
+        self.config.encoded_headers.append(CLOSE)
+        self.server_state.default_headers = [*self.server_state.default_headers, CLOSE]
+        asyncio.get_running_loop().call_later(listen_s, setattr, self, "should_exit", True)
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -26,7 +26,7 @@ from tests.processes.cluster import MODEL, PATIENCE_S, ROOT, START_S, free_port
 
 POOL = ("--dtype=float32", "--pages=1024", "--max-context=2048", "--threads=1", "--step-tokens=64", "--insecure")
 NAMES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
-LONG = [body(some_tokens(20 + n, 60 + 40 * n), 1200, temperature=float(n % 2), seed=n) for n in range(6)]
+LONG = [body(some_tokens(20 + n, 60 + 40 * n), 900, temperature=float(n % 2), seed=n) for n in range(6)]
 SHORT_S, AMPLE_S = 1.5, 60.0  # less and more than the long ones take
 
 
@@ -201,7 +201,7 @@ async def test_a_router_finishes_its_streams_and_takes_nothing_new(cluster: ByHa
             ends_s = time.monotonic() + PATIENCE_S
             while (reply := await kept.get("/health", timeout=10)).status_code == 200:
                 assert time.monotonic() < ends_s
-            assert reply.status_code == 503 and reply.json()["error"]["code"] == "draining"
+            assert reply.status_code == 503 and "draining" in reply.json()["error"]["message"]
             assert reply.headers["connection"] == "close"
 
     answers = await under_load(cluster, "router", tell)
