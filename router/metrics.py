@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from core.errors import leaves
+from core.errors import StartupError, leaves
 from core.messages import FinishReason
 from router.admission import Admission
 from router.generation import GenerationRequest
@@ -61,9 +61,9 @@ class RouterMetrics:
         self._outcomes = Counter("baton:requests", "Calls by how they ended.", ["outcome"], registry=self.registry)
         self._retries = Counter("baton:retries", "Attempts after the first.", ["reason"], registry=self.registry)
         self._replays = Counter("baton:replays", "Attempts that went on mid-stream.", registry=self.registry)
-        for code in ("ok", *leaves()):  # there from the start: a rate does not miss the first failure
+        for code in ("ok", *_codes()):  # there from the start: a rate does not miss the first failure
             self._outcomes.labels(code)
-        for code in leaves():
+        for code in _codes():
             self._retries.labels(code)
         placements = Counter("baton:placements", "Attempts by who prefills.", ["prefill"], registry=self.registry)
         self._placed_local, self._placed_remote = placements.labels("local"), placements.labels("remote")
@@ -137,6 +137,11 @@ class RouterMetrics:
     def text(self) -> str:
         """The exposition format of the router's own metrics."""
         return generate_latest(self.registry).decode()
+
+
+def _codes() -> list[str]:
+    """Of every error that a call may end with."""
+    return [code for code, error in leaves().items() if not issubclass(error, StartupError)]
 
 
 class CallClocks:
