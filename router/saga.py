@@ -130,7 +130,6 @@ class Saga:
         try:
             while not progress.is_done:
                 try:
-                    self._refuse_poison(run)
                     run.placement = await self._place(run)
                     async with aclosing(self._attempt(run, run.placement)) as steps:
                         async for step in steps:
@@ -159,9 +158,10 @@ class Saga:
     # --- one attempt -------------------------------------------------------------------------------------------
 
     async def _place(self, run: _Run) -> Placement:
-        """Wait for workers that can take it. Raises NoCapacity or DeadlineExceeded."""
+        """Wait for workers that can take it. Raises NoCapacity, DeadlineExceeded or PoisonRequest."""
         give_up_s = min(run.ends_s, self._clock() + self._placement_wait_s)
         while True:
+            self._refuse_poison(run)
             placement = self._choose(run)
             if placement is not None:
                 return placement
