@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from core.errors import ConfigError
@@ -42,24 +43,30 @@ class Api:
         from urllib3.exceptions import HTTPError
 
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        client = self._client
         try:
-            found = self._client.call_api(
-                path,
-                method,
-                header_params=headers,
-                body=body,
-                response_type="object",
-                auth_settings=["BearerToken"],
-                _return_http_data_only=True,
-                _request_timeout=self._timeout_s,
+            method, url, headers, sent, _ = client.param_serialize(
+                method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
             )
+            answer = client.call_api(method, url, headers, sent, _request_timeout=self._timeout_s)
+            text = answer.read()
         except ApiException as error:
             raise Unreadable(int(error.status or 0), f"{error.status} {error.reason}") from error
         except (HTTPError, OSError) as error:
             raise Unreadable(0, f"{type(error).__name__}: {error}") from error
-        if not isinstance(found, dict):
-            raise Unreadable(0, "the answer is no JSON object")
-        return found
+        if not 200 <= answer.status < 300:
+            raise Unreadable(int(answer.status), f"{answer.status} {answer.reason}")
+        return _object(text)
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise Unreadable(0, "the answer is no JSON object")
+    return found
 
 
 def outside(context: str, timeout_s: float = TIMEOUT_S) -> tuple[Api, str]:

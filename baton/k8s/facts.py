@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-
-NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +22,8 @@ class Node:
     """`allocatable`: devices alone, by resource name."""
 
     name: str
-    labels: Mapping[str, str] = NOTHING
-    allocatable: Mapping[str, int] = MappingProxyType({})
+    labels: Mapping[str, str] = field(default_factory=dict)
+    allocatable: Mapping[str, int] = field(default_factory=dict)
     schedulable: bool = True
 
 
@@ -38,7 +35,7 @@ class Tier:
     min: int = 1
     max: int = 1
     image: str = ""
-    devices: Mapping[str, int] = MappingProxyType({})
+    devices: Mapping[str, int] = field(default_factory=dict)
     secrets: tuple[tuple[str, str], ...] = ()
     claims: tuple[str, ...] = ()
     shm_bytes: int | None = None  # None: no volume of its own at /dev/shm; 0: without a limit
@@ -74,15 +71,15 @@ class Facts:
 
     namespace: str
     kubernetes: str = ""
-    groups: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # versions by API group
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # versions by API group
     permissions: tuple[Permission, ...] = ()
     nodes: tuple[Node, ...] = ()
     release: Release | None = None
     wanted_release: str = ""
-    secrets: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     storage_classes: tuple[str, ...] = ()
     default_class: str = ""
     claims: tuple[Claim, ...] = ()
     budgets: tuple[Budget, ...] = ()
     operators: tuple[str, ...] = ()  # images of KubeRay's operators
-    unreadable: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    unreadable: Mapping[str, str] = field(default_factory=dict)

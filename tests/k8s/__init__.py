@@ -1,0 +1,1 @@
+"""What is asked of a Kubernetes API server, against an emulated one."""
