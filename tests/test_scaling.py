@@ -208,6 +208,12 @@ def test_a_worker_is_given_up_only_when_something_of_one_is_left_over() -> None:
         assert count == after, need
 
 
+def test_a_large_tier_is_not_moved_by_a_share_of_it() -> None:
+    bounds = Bounds(1, 30)
+    assert decide(Steady(), Need(10.9, "noise"), 10, bounds, 0.0)[1].desired == 10
+    assert decide(Steady(), Need(11.1, "more"), 10, bounds, 0.0)[1].desired == 11
+
+
 def test_of_two_reductions_the_second_waits() -> None:
     state = Steady(needs=(), lowered_s=500.0, since_s=0.0)
     assert decide(state, Need(1.0, "x"), 3, BOUNDS, 505.0)[1] == Decision(3, "x; one was given up just now")

@@ -33,6 +33,7 @@ class Bounds:
     window_s: float = 120.0  # a scale-down looks back so far
     pause_s: float = 10.0  # between two scale-downs
     slack: float = 0.1  # so much of a worker too few is none too few: no step for a rounding error
+    slack_share: float = 0.1  # and so much of the tier: a need is measured over seconds, and noisy
     spare: float = 0.25  # so much of a worker has to be left over before one is given up
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class Steady:
 
 def decide(state: Steady, need: Need, current: int, bounds: Bounds, now_s: float) -> tuple[Steady, Decision]:
     """The next count of workers, from `current` desired ones, and the state to pass in next time."""
-    wanted = _within(need.workers - bounds.slack, bounds)
+    wanted = _within(need.workers - max(bounds.slack, bounds.slack_share * current), bounds)
     kept_for = _within(need.workers + bounds.spare, bounds)
     recent = tuple((at_s, n) for at_s, n in state.needs if now_s - at_s < bounds.window_s and n > kept_for)
     since_s = now_s if state.since_s is None else state.since_s

@@ -61,23 +61,23 @@ def _noise(seed: int) -> Callable[[float], Mix]:
 
 
 def workloads(seed: int = 1) -> list[Traffic]:
-    """The made ones, half an hour to an hour each."""
+    """The made ones, half an hour each or so."""
     return [
         made("burst", "4 requests/s, five times as many for two minutes, twice", 1800.0,
              lambda s: Mix(20.0 if 600 <= s < 720 or 1200 <= s < 1320 else 4.0, 4000, 250), seed),
-        made("sine", "1 to 24 requests/s and back in 15 minutes, prompts of 8,000 tokens", 3600.0,
+        made("sine", "1 to 24 requests/s and back in 15 minutes, prompts of 8,000 tokens", 1800.0,
              lambda s: Mix(12.5 - 11.5 * math.cos(2 * math.pi * s / 900), 8000, 250), seed),
-        made("shift", "long prompts and short answers, then the reverse, and back", 3600.0, _shift, seed),
-        made("ramp", "1 to 20 requests/s within 40 minutes", 3600.0,
-             lambda s: Mix(1.0 + 19.0 * min(1.0, s / 2400), 4000, 300), seed),
+        made("shift", "long prompts and short answers, then the reverse, and back", 2400.0, _shift, seed),
+        made("ramp", "1 to 20 requests/s within 20 minutes", 1500.0,
+             lambda s: Mix(1.0 + 19.0 * min(1.0, s / 1200), 4000, 300), seed),
         made("noise", "8 requests/s on average, another rate every ten seconds", 1800.0, _noise(seed), seed),
         made("idle", "a request a minute", 1800.0, lambda s: Mix(1 / 60, 1000, 200), seed),
     ]  # fmt: skip
 
 
 def _shift(s: float) -> Mix:
-    """From the one to the other within three minutes, each for twenty."""
-    share = min(1.0, max(0.0, (s - 1200) / 180)) - min(1.0, max(0.0, (s - 2400) / 180))
+    """From the one to the other within three minutes, every thirteen."""
+    share = min(1.0, max(0.0, (s - 800) / 180)) - min(1.0, max(0.0, (s - 1600) / 180))
     long, short = Mix(10.0, 8000, 100), Mix(14.0, 500, 1500)
     return Mix(*(round(a + (b - a) * share) for a, b in zip(_of(long), _of(short), strict=True)))
 
