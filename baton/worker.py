@@ -26,6 +26,7 @@ from baton import lifeline
 from baton.composition import Limits, Machine, Model, Worker
 from baton.credentials import digest_of, keys_of, tickets_of, tls_of
 from baton.drain import Drain
+from baton.k8s.place import labels_from_node, merged
 from baton.loaded_model import LoadedModel, PoolWish, load
 from baton.logs import set_up_logs
 from baton.membership import Membership
@@ -88,7 +89,8 @@ class WorkerProcess:
         self._digest = digest_of(options.digest, self._keys)
         self._tls = tls_of(options)
         self._channels = Channels(self._tls)
-        self._labels = labels_of(options.labels)
+        given = labels_of(options.labels)
+        self._labels = merged(given, labels_from_node(os.environ)) if options.registry else given
         self._link = open_registry(options.registry, options.registry_prefix)
 
     async def serve(self) -> int:
