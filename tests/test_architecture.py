@@ -26,8 +26,10 @@ MAY_IMPORT = {  # package -> what it may import besides itself; the table of doc
     "wire": set(),
 }  # fmt: skip
 WITHOUT_TORCH = ("router", "session", "core", "wire")
-HOME_OF = {"ray": "baton/", "redis": "core/registry/", "ucxx": "kvtransfer/"}  # foreign library -> the one folder
-IN_ONE_FILE = ("redis", "ucxx")
+HOME_OF = {  # foreign library -> the one folder
+    "kubernetes": "baton/k8s/", "ray": "baton/", "redis": "core/registry/", "ucxx": "kvtransfer/",
+}  # fmt: skip
+IN_ONE_FILE = ("kubernetes", "redis", "ucxx")
 VAGUE_FILES = ("util", "utils", "helper", "helpers", "common", "misc")
 MUTABLE_TYPES = ("list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict")
 MUTATORS = (
