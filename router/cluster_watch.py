@@ -92,7 +92,7 @@ class ClusterWatch:
         self._token_gap = Recent(metrics.inter_token, clock)
         self._tier_of: dict[str, str] = {}  # of configured workers, once they were there
         self._roles: set[Role] = set()
-        metrics.registry.register(TierMetrics(self.tiers, board))
+        metrics.registry.register(TierMetrics(self.tiers, board, lambda: workers.drains_cut_short))
 
     async def run(self) -> None:
         """Until it is cancelled."""

@@ -18,9 +18,12 @@ from router.scaling_board import DIRECTIONS, ScalingBoard
 class TierMetrics(Collector):
     """`tiers` is asked at each scrape."""
 
-    def __init__(self, tiers: Callable[[], Sequence[TierView]], board: ScalingBoard) -> None:
+    def __init__(
+        self, tiers: Callable[[], Sequence[TierView]], board: ScalingBoard, cut_short: Callable[[], int]
+    ) -> None:
         self._tiers = tiers
         self._board = board
+        self._cut_short = cut_short
 
     def collect(self) -> Iterator[Metric]:
         workers = GaugeMetricFamily("baton:tier_workers", "Workers of a tier, by state.", labels=["tier", "state"])
@@ -37,4 +40,8 @@ class TierMetrics(Collector):
                 desired.add_metric([tier.tier], tier.desired)
             for direction in DIRECTIONS:
                 changes.add_metric([tier.tier, direction], self._board.changes.get((tier.tier, direction), 0))
-        yield from (workers, desired, changes)
+        cut_short = CounterMetricFamily(
+            "baton:drains_cut_short", "Workers that went while they drained, with requests still on them."
+        )
+        cut_short.add_metric([], self._cut_short())
+        yield from (workers, desired, changes, cut_short)

@@ -82,6 +82,7 @@ class Workers:
         self._clock = clock
         self._workers: dict[WorkerId, _Worker] = {}
         self._inboxes: dict[str, Inbox] = {}
+        self.drains_cut_short = 0  # workers that went while they drained, with attempts still on them
         self._changed = asyncio.Event()
 
     # --- from the links ----------------------------------------------------------------------------------------
@@ -105,11 +106,14 @@ class Workers:
 
     def down(self, worker: WorkerId) -> None:
         """Its requests hear of it; a message that it sends later finds no inbox."""
-        if self._workers.pop(worker, None) is None:
+        known = self._workers.pop(worker, None)
+        if known is None:
             return
-        for inbox in list(self._inboxes.values()):
-            if worker in inbox.workers:
-                self._deliver(inbox, worker, Lost(worker))
+        left = self.running(worker)
+        if left and (known.draining or known.load.draining):
+            self.drains_cut_short += 1
+        for inbox in left:
+            self._deliver(inbox, worker, Lost(worker))
         self._notify()
 
     def on_batch(self, worker: WorkerId, batch: TokenBatch) -> None:

@@ -271,7 +271,7 @@ class TestBoard:
         assert self.board.changes == {("decode", "up"): 2, ("decode", "down"): 2}
         registry = CollectorRegistry()
         tiers = fold_tiers((), self.board.decisions, (), 1)
-        registry.register(TierMetrics(lambda: tiers, self.board))
+        registry.register(TierMetrics(lambda: tiers, self.board, lambda: 0))
         text = generate_latest(registry).decode()
         assert 'baton:tier_desired_workers{tier="decode"} 4.0' in text
         assert 'baton:tier_decisions_total{direction="up",tier="decode"} 2.0' in text
@@ -338,3 +338,18 @@ async def test_with_a_registry_the_other_routers_are_named_and_its_age_is_told()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_a_drain_is_cut_short_when_the_worker_goes_with_requests_on_it() -> None:
+    workers = Workers(lambda: 0.0)
+    for name in ("idle", "busy", "killed"):
+        workers.up(info(name, Role.DECODE), Link())
+    for number, name in enumerate(("busy", "killed")):
+        workers.open(f"r{number}", 1, (WorkerId(name, 1),), list)
+    for name in ("idle", "busy"):
+        workers.on_load(WorkerId(name, 1), Load(draining=True))
+    for name in ("idle", "killed"):
+        workers.down(WorkerId(name, 1))
+    assert workers.drains_cut_short == 0, "one had nothing left, the other was not draining"
+    workers.down(WorkerId("busy", 1))
+    assert workers.drains_cut_short == 1
