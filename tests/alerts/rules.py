@@ -64,6 +64,11 @@ def names(expr: str) -> set[str]:
     return {selector.name for selector in selectors(parse(expr))}
 
 
+def patient(text: str) -> str:
+    """The rules with SLOs that a busy machine keeps too; 80 s are an edge of both histograms."""
+    return re.sub(r'le="[\d.]+"', 'le="80.0"', text)
+
+
 def sixty_times_faster(text: str) -> str:
     """The rules with every window and every `for` shortened: a minute is a second, an hour a minute."""
 
