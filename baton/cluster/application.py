@@ -5,22 +5,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
-from dataclasses import asdict
 from typing import Any
 
 from ray import serve
 
-import baton
-from baton.cluster.placement import options_of
+from baton.cluster.placement import options_of, version_of
 from baton.cluster.replicas import RouterReplica, WorkerReplica
 from baton.cluster.spec import ClusterSpec, parse
 from core.security.tls import DECODE, PREFILL, ROUTER
 
 NAME = "baton"
-NOT_OF_A_PROCESS = ("min", "max", "target", "steady", "surge_percent")  # a change of these restarts nothing
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -37,11 +32,3 @@ def _deployment(spec: ClusterSpec, tier: str, replica: type) -> serve.Deployment
         warnings.simplefilter("ignore", DeprecationWarning)  # metrics_interval_s: see PUSH_VARIABLE
         deployment: serve.Deployment = plain.options(**options_of(spec, tier))
     return deployment.options(version=version_of(spec, tier), _internal=True)
-
-
-def version_of(spec: ClusterSpec, tier: str) -> str:
-    """Changes with what the tier's processes are started with: `baton deploy` restarts no other tier."""
-    whole = asdict(spec)
-    own = {name: value for name, value in whole[tier].items() if name not in NOT_OF_A_PROCESS}
-    parts = {"baton": baton.__version__, tier: own, **{n: whole[n] for n in ("model", "registry", "security")}}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,9 +6,12 @@ labels, `prefer` brings prefill and decode workers near each other without keepi
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict
 from typing import Any
 
+import baton
 from baton.cluster.spec import ClusterSpec, DecodeSpec, PrefillSpec, RouterSpec, bounds_of
 from core.security.tls import DECODE, PREFILL, ROUTER
 
@@ -17,6 +20,7 @@ HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 10.0
 PUSH_S = 0.5  # how often a replica sends its signals to the controller
 LOOK_BACK_S = 2.0  # a replica samples its signals five times in this
+NOT_OF_A_PROCESS = ("min", "max", "target", "steady", "surge_percent")  # a change of these restarts nothing
 STARTS = 3  # in a row that may fail before the deployment is given up
 POLICIES = {ROUTER: "RouterTierPolicy", PREFILL: "PrefillTierPolicy", DECODE: "DecodeTierPolicy"}
 # Serve is about to read its interval from this variable; Serve 2.60 still reads the config.
@@ -79,3 +83,11 @@ def autoscaling(spec: ClusterSpec, name: str, tier: Tier) -> dict[str, Any]:
             },
         },
     }
+
+
+def version_of(spec: ClusterSpec, tier: str) -> str:
+    """Changes with what the tier's processes are started with: `baton deploy` restarts no other tier."""
+    whole = asdict(spec)
+    own = {name: value for name, value in whole[tier].items() if name not in NOT_OF_A_PROCESS}
+    parts = {"baton": baton.__version__, tier: own, **{n: whole[n] for n in ("model", "registry", "security")}}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -134,7 +134,8 @@ def _name(role: str) -> str:
 
 def _place() -> Place:
     me: str = ray.get_runtime_context().get_node_id()
-    node = next(node for node in ray.nodes() if node["NodeID"] == me)
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    node = next(node for node in nodes if node["NodeID"] == me)
     return Place(node["NodeManagerAddress"], node["Labels"])
 
 

@@ -160,6 +160,15 @@ class RayCluster:
                     found[process.pid] = process
         return found
 
+    def replicas(self, tier: str) -> list[int]:
+        """The processes of Serve's actors around them, by pid; those that only begin included."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                if process.cmdline()[0].startswith(f"ray::ServeReplica:baton:{tier}"):
+                    found.append(process.pid)
+        return found
+
     def wait_until(self, what: str, holds: Callable[[], bool], within_s: float = PATIENCE_S) -> float:
         """Seconds that it took."""
         began_s = time.monotonic()
