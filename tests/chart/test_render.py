@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def test_each_tier_lands_on_the_pods_of_its_own_group(rendered: Rendered) -> Non
         group, asked = rendered.groups[tier], rendered.arguments[tier]
         offered = json.loads(group["rayStartParams"]["resources"].strip("'"))
         assert offered == asked["resources"] == {f"baton_{tier}": 1}
-        assert (group["minReplicas"], group["maxReplicas"]) == (asked["min"], asked["max"])
+        surge = math.ceil(asked["max"] * asked["surge_percent"] / 100)
+        assert (group["minReplicas"], group["maxReplicas"]) == (asked["min"], asked["max"] + surge)
         assert group["replicas"] == group["minReplicas"]
         assert asked["label_selector"].items() <= group.get("labels", {}).items()
     assert rendered.cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -175,6 +177,15 @@ def test_models_lie_where_the_values_say(cases: Cases, name: str, source: Manife
         assert {"name": "models", **source} in rendered.pod(tier)["spec"]["volumes"]
     assert "models" not in mounts(rendered.pod("head")).values()
     assert len(rendered.of("PersistentVolumeClaim")) == (name == "everything")
+
+
+def test_workers_learn_where_their_node_stands(cases: Cases) -> None:
+    rendered = cases(NEWEST, "everything")
+    env = environment(rendered.pod("decode"))
+    assert env["BATON_NODE_NAME"] == {"fieldRef": {"fieldPath": "spec.nodeName"}} and env["BATON_RACK_LABEL"]
+    assert rendered.one("ClusterRole")["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}]
+    assert [n for n in OURS if rendered.pod(n)["spec"]["automountServiceAccountToken"]] == ["head", "prefill", "decode"]
+    assert cases(NEWEST, "minimal").of("ClusterRole") == []
 
 
 def test_a_model_can_be_an_image(helm: str) -> None:

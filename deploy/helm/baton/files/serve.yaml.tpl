@@ -30,6 +30,7 @@ applications:
         resources: {baton_router: 1}
         label_selector: {{ toJson .Values.router.labelSelector }}
         drain_s: {{ .Values.router.drainSeconds }}
+        surge_percent: {{ .Values.router.surgePercent }}
         flags: {{ toJson .Values.router.flags }}
       prefill:
         min: {{ .Values.prefill.min }}
@@ -39,6 +40,7 @@ applications:
         resources: {baton_prefill: 1}
         label_selector: {{ toJson .Values.prefill.labelSelector }}
         drain_s: {{ .Values.prefill.drainSeconds }}
+        surge_percent: {{ .Values.prefill.surgePercent }}
         target: {first_token_s: {{ .Values.prefill.target.firstTokenSeconds }}}
         flags: {{ include "baton.workerFlags" (dict "root" . "flags" .Values.prefill.flags) }}
       decode:
@@ -49,5 +51,6 @@ applications:
         resources: {baton_decode: 1}
         label_selector: {{ toJson .Values.decode.labelSelector }}
         drain_s: {{ .Values.decode.drainSeconds }}
+        surge_percent: {{ .Values.decode.surgePercent }}
         target: {token_gap_s: {{ .Values.decode.target.tokenGapSeconds }}}
         flags: {{ include "baton.workerFlags" (dict "root" . "flags" .Values.decode.flags) }}

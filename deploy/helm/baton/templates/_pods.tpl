@@ -183,8 +183,9 @@ spec:
         {{- include "baton.ports" . | nindent 8 }}
       env:
         {{- include "baton.env" . | nindent 8 }}
-        {{- if $v.nodeLabels.enabled }}
+        {{- if and $worker $v.nodeLabels.enabled }}
         - {name: BATON_NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
+        - {name: BATON_RACK_LABEL, value: {{ $v.nodeLabels.rackLabel | quote }}}
         {{- end }}
       {{- if eq .name "router" }}
       {{- /* KubeRay adds what is missing: liveness by the raylet, and readiness of workers by the raylet and Serve's proxy. */}}
