@@ -2,7 +2,7 @@
 
     namespace P == bad_wire.py == data: 10.231.1.0/24 (gRPC of hand-offs, UCX) == bad_wire.py == namespace D
                 ----- control: 10.231.2.0/24 (the router's sessions) -----
-    and from D to the test itself: 10.231.3.0/24, which is never touched.
+    and from D and from P to the test itself: 10.231.3.0/24 and 10.231.4.0/24, which are never touched.
 
 Packets on the data link go through a program that can harm them, one by one. The names of the links are the same on
 both sides, so that one setting names a device for both. Needs root.
@@ -27,6 +27,7 @@ WIRE = Path(__file__).with_name("bad_wire.py")
 LINKS = {"data": "10.231.1", "control": "10.231.2"}
 P_END, D_END = ".1", ".2"
 TEST_ADDRESS, ROUTER_ADDRESS = "10.231.3.1", "10.231.3.2"
+TEST_ADDRESS_P, ROUTER_ADDRESS_P = "10.231.4.1", "10.231.4.2"
 
 
 class Hosts:
@@ -35,7 +36,7 @@ class Hosts:
     def __init__(self) -> None:
         mark = os.getpid() % 10_000
         self.p, self.d = f"bt-p-{mark}", f"bt-d-{mark}"
-        self._to_test = f"bt-{mark}"
+        self._to_test = {self.d: f"bt-{mark}", self.p: f"bu-{mark}"}
         self._wire: subprocess.Popen[str] | None = None
 
     def make(self) -> None:
@@ -49,10 +50,15 @@ class Hosts:
         for link, net in LINKS.items():
             self._address(self.p, link, net + P_END)
             self._address(self.d, link, net + D_END)
-        run("ip", "link", "add", self._to_test, "type", "veth", "peer", "name", "test", "netns", self.d)
-        run("ip", "addr", "add", f"{TEST_ADDRESS}/24", "dev", self._to_test)
-        run("ip", "link", "set", self._to_test, "up")
-        self._address(self.d, "test", ROUTER_ADDRESS)
+        self._make_test_link(self.d, TEST_ADDRESS, ROUTER_ADDRESS)
+        self._make_test_link(self.p, TEST_ADDRESS_P, ROUTER_ADDRESS_P)
+
+    def _make_test_link(self, host: str, ours: str, theirs: str) -> None:
+        device = self._to_test[host]
+        run("ip", "link", "add", device, "type", "veth", "peer", "name", "test", "netns", host)
+        run("ip", "addr", "add", f"{ours}/24", "dev", device)
+        run("ip", "link", "set", device, "up")
+        self._address(host, "test", theirs)
 
     def _make_wire(self) -> None:
         command = [sys.executable, str(WIRE), self.p, self.d, "data"]
@@ -75,8 +81,8 @@ class Hosts:
             self._wire.communicate(timeout=TIMEOUT_S)
         for name in (self.p, self.d):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=TIMEOUT_S, check=False)
-        left = ["ip", "link", "del", self._to_test]
-        subprocess.run(left, capture_output=True, timeout=TIMEOUT_S, check=False)
+        for device in self._to_test.values():
+            subprocess.run(["ip", "link", "del", device], capture_output=True, timeout=TIMEOUT_S, check=False)
 
     # --- faults ------------------------------------------------------------------------------------------------
 
