@@ -64,7 +64,7 @@ class _Bound:
         """One that is too large for the whole bound is let in when nothing else is there."""
         if self._part is None:
             return not self.used or self.used + more <= self._limit
-        held = self._part.held if self._part.was_heard else int(self._limit * START)
+        held = self._part.held if self._part.was_heard else max(1, int(self._limit * START))
         needed = self.used + more if self.used else min(more, self._limit)
         return needed <= held
 
