@@ -17,12 +17,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.chaos.far_fleet import WORKERS, FarFleet, FarRedis, far_fleet
 from tests.chaos.netns import LINKS, Hosts, two_hosts
 from tests.chaos.table import Row, Table
 from tests.chaos.transports import skip_without_ucx
 from tests.processes.answers import Answer, ask, assert_right, assert_right_or_refused, body, some_tokens
+from tests.processes.cluster import PAGES
 from tests.processes.test_registry import metric
 
 BODIES = [body(some_tokens(230, 40), 40), body(some_tokens(231, 300), 12), body(some_tokens(232, 60), 20, n=2)]
@@ -130,6 +132,33 @@ async def is_well_again(rig: Rig, right: list[Answer], row: Row) -> None:
     assert row.recovered_s[-1] < RECOVERS_S
 
 
+async def is_at_rest(rig: Rig) -> None:
+    """Nothing is under way, and every page of every worker is free or cached."""
+
+    def pages() -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        text = httpx.get(f"{rig.fleet.urls[0]}/metrics", timeout=10).text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == "baton:pages":
+                    found.setdefault(sample.labels["engine"], {})[sample.labels["state"]] = sample.value
+        return found
+
+    def at_rest() -> bool:
+        by_worker = pages()
+        held = (states[name] for states in by_worker.values() for name in ("owned", "leased", "quarantined"))
+        return set(by_worker) == WORKERS and not any(held)
+
+    await asyncio.to_thread(rig.fleet.until, "no page is held by anything", at_rest)
+    assert {sum(states.values()) for states in pages().values()} == {PAGES - 1}, "all but the scratch page"
+
+
+def is_crossing(rig: Rig) -> bool:
+    """Some request is under way on a pair of which each host has one half."""
+    pairs = [pair for url in rig.fleet.urls for pair in rig.fleet.view(url).get("handoffs", ())]
+    return any(pair["requests"] and pair["source"][-1] != pair["receiver"][-1] for pair in pairs)
+
+
 # --- links ---------------------------------------------------------------------------------------------------
 
 
@@ -139,11 +168,22 @@ def cut(hosts: Hosts, *links: str) -> None:
         hosts.mute(host, *links)
 
 
-LINK_FAULTS: dict[str, Callable[[Hosts], None]] = {
-    "every link between two hosts cut": lambda hosts: cut(hosts, *LINKS),
-    "the link of requests and pages cut": lambda hosts: cut(hosts, "data"),
-    "the link to Redis cut": lambda hosts: cut(hosts, "control"),
-    "every link throttled to 2 Mbit/s": lambda hosts: hosts.throttle("2mbit", *LINKS),
+def each_sees_its_own(rig: Rig) -> bool:
+    own = [{name for name in WORKERS if name.endswith(host)} for host in ("-p", "-d")]
+    return [rig.fleet.ready(url) for url in rig.fleet.urls] == own
+
+
+def one_has_no_registry(rig: Rig) -> bool:
+    return [metric(url, "baton:registry_up") for url in rig.fleet.urls] == [0.0, 1.0]
+
+
+Harm, Felt = Callable[[Hosts], None], Callable[[Rig], bool]
+
+LINK_FAULTS: dict[str, tuple[Harm, Felt]] = {  # and how a router shows that it is felt
+    "every link between two hosts cut": (lambda hosts: cut(hosts, *LINKS), each_sees_its_own),
+    "the link of requests and pages cut": (lambda hosts: cut(hosts, "data"), each_sees_its_own),
+    "the link to Redis cut": (lambda hosts: cut(hosts, "control"), one_has_no_registry),
+    "every link throttled to 2 Mbit/s": (lambda hosts: hosts.throttle("2mbit", *LINKS), lambda rig: True),
 }
 QUICK = {"every link between two hosts cut", "every link throttled to 2 Mbit/s"}
 
@@ -156,15 +196,19 @@ async def test_each_host_goes_on_with_what_it_reaches(
     if not chaos_full and fault not in QUICK:
         pytest.skip("only with --chaos-full")
     row = table.row(fault, WHERE)
+    harm, felt = LINK_FAULTS[fault]
     async with load(rig, right, row) as under:
         await under.both_answer(ENDS_S, "before the fault")
+        await asyncio.to_thread(rig.fleet.until, "a request needs both hosts", lambda: is_crossing(rig))
         try:
-            await asyncio.to_thread(LINK_FAULTS[fault], rig.hosts)
+            await asyncio.to_thread(harm, rig.hosts)
             await asyncio.sleep(LEASES_S)
+            await asyncio.to_thread(rig.fleet.until, "the fault is felt", lambda: felt(rig))
             await under.both_answer(ENDS_S, "while the fault holds")
         finally:
             await asyncio.to_thread(rig.hosts.heal)
         await is_well_again(rig, right, row)
+    await is_at_rest(rig)
 
 
 # --- Redis ---------------------------------------------------------------------------------------------------
@@ -209,3 +253,4 @@ async def test_whatever_redis_does_both_hosts_serve_on(
             await mend(rig.redis, how)
         await is_well_again(rig, right, row)
     assert row.lost == 0 and row.survived > 0
+    await is_at_rest(rig)
