@@ -89,6 +89,11 @@ def changed(helm: str, name: str, **values: object) -> Rendered:
     return render(helm, "-f", str(VALUES / f"{name}.yaml"), "-f", "-", given=json.dumps(values))
 
 
+def render_values(helm: str, **values: object) -> Rendered:
+    """These values alone, over those of the chart."""
+    return render(helm, "-f", "-", given=json.dumps(values))
+
+
 def render(helm: str, *flags: str, given: str = "") -> Rendered:
     """Raises Refused."""
     done = run([helm, "template", RELEASE, str(CHART), "--namespace", NAMESPACE, *flags], given=given)
