@@ -53,9 +53,9 @@ def test_who_may_ask_what() -> None:
     asked = {role: {method.rpartition("/")[2] for method in MAY_CALL if may_call(role, method)} for role in ROLES}
     assert asked == {
         "router": {"Tokens", "Events", "Health", "Metrics", "Paths"},
-        "prefill": {"Session"},
-        "decode": {"Session"},
-        "aggregated": set(),
+        "prefill": {"Session", "Health"},
+        "decode": {"Session", "Health"},
+        "aggregated": {"Health"},
         "doctor": {"Health", "Metrics", "Paths"},
     }
     assert not may_call(None, "/baton.session.v1.Worker/Health")

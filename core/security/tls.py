@@ -21,7 +21,7 @@ _WORKER, _HANDOFF = "/baton.session.v1.Worker", "/baton.handoff.v1.Handoff"
 MAY_CALL: dict[str, frozenset[str]] = {  # what is not here, nobody may call
     f"{_WORKER}/Tokens": frozenset({ROUTER}),
     f"{_WORKER}/Events": frozenset({ROUTER}),
-    f"{_WORKER}/Health": frozenset({ROUTER, DOCTOR}),
+    f"{_WORKER}/Health": frozenset(ROLES),  # a worker's supervisor has the certificate of its worker
     f"{_WORKER}/Metrics": frozenset({ROUTER, DOCTOR}),
     f"{_WORKER}/Paths": frozenset({ROUTER, DOCTOR}),
     f"{_HANDOFF}/Session": frozenset({PREFILL, DECODE}),
