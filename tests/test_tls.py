@@ -165,7 +165,7 @@ async def test_the_right_roles_are_answered(served: Served) -> None:
     ("role", "call"),
     [
         ("decode", tokens), ("prefill", tokens), ("doctor", tokens), ("aggregated", tokens), ("doctor", events),
-        ("prefill", health), ("router", hand_over), ("doctor", hand_over), ("aggregated", hand_over),
+        ("prefill", events), ("router", hand_over), ("doctor", hand_over), ("aggregated", hand_over),
     ],
 )  # fmt: skip
 async def test_a_role_that_may_not_is_refused(
