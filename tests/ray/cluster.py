@@ -156,7 +156,7 @@ class RayCluster:
         found = {}
         for process in self.processes():
             with suppress(psutil.Error):
-                if process.cmdline()[0].startswith(f"baton-{tier}-"):
+                if _title(process).startswith(f"baton-{tier}-"):
                     found[process.pid] = process
         return found
 
@@ -165,7 +165,7 @@ class RayCluster:
         found = []
         for process in self.processes():
             with suppress(psutil.Error):
-                if process.cmdline()[0].startswith(f"ray::ServeReplica:baton:{tier}"):
+                if _title(process).startswith(f"ray::ServeReplica:baton:{tier}"):
                     found.append(process.pid)
         return found
 
@@ -218,3 +218,8 @@ def ray_cluster(registry: str, more_env: Mapping[str, str] | None = None) -> Ite
         yield cluster
     finally:
         cluster.destroy()
+
+
+def _title(process: psutil.Process) -> str:
+    """What `ps` shows; empty for one that just ends."""
+    return "".join(process.cmdline()[:1])

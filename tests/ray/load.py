@@ -15,8 +15,8 @@ from tests.processes.answers import Answer, ask, body, some_tokens
 
 SHORT = [body(some_tokens(40 + number, 60 + 30 * number), 24) for number in range(6)]
 STEADY = [body(some_tokens(60 + number, 150 + 40 * number), 60) for number in range(6)]
-PROMPTS = [body(some_tokens(80 + number, 1500), 2) for number in range(6)]  # nearly all of it is prefill
-ANSWERS = [body(some_tokens(100 + number, 40), 1100) for number in range(6)]  # nearly all of it is decode
+PROMPTS = [body(some_tokens(80 + number, 1500), 2) for number in range(4)]  # nearly all of it is prefill
+ANSWERS = [body(some_tokens(100 + number, 40), 350, n=6) for number in range(5)]  # nearly all of it is decode
 ALL = SHORT + STEADY + PROMPTS + ANSWERS
 
 References = Mapping[str, Answer]

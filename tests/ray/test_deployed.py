@@ -31,7 +31,7 @@ SUCCESS_S = 10.0
 
 ELASTIC = {
     "prefill": {"max": 2, "steady": QUICK, "target": {"first_token_s": 0.1, "start_s": 2.0}},
-    "decode": {"max": 2, "steady": QUICK, "target": {"token_gap_s": 5.0}, "flags": {"pages": 700}},
+    "decode": {"max": 2, "steady": QUICK, "target": {"token_gap_s": 5.0, "full_share": 0.6}, "flags": {"pages": 700}},
 }
 DOUBLE: dict[str, dict[str, Any]] = {"prefill": {"min": 2, "max": 2}, "decode": {"min": 2, "max": 2}}
 
@@ -66,7 +66,7 @@ async def test_it_answers_what_a_server_without_ray_answers(cluster: RayCluster,
 
 
 @pytest.mark.parametrize(
-    ("tier", "other", "bodies", "at_once"), [("prefill", "decode", PROMPTS, 6), ("decode", "prefill", ANSWERS, 12)]
+    ("tier", "other", "bodies", "at_once"), [("prefill", "decode", PROMPTS, 4), ("decode", "prefill", ANSWERS, 5)]
 )
 async def test_a_tier_scales_up_and_down_by_itself(
     cluster: RayCluster, right: Right, tier: str, other: str, bodies: list[dict[str, Any]], at_once: int
