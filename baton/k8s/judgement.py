@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from baton.doctor_judgement import Finding
 from baton.k8s.facts import Facts, Node, Release, Tier
 
-MIN_KUBERNETES = (1, 28)
+MIN_KUBERNETES = (1, 29)
 MIN_RAY = (2, 60)
-MIN_OPERATOR = (1, 4)
+MIN_OPERATOR = (1, 6)  # the first that takes the name of the Secret with Ray's token
 ZONE = "topology.kubernetes.io/zone"
 SHM = "/dev/shm"  # noqa: S108  where the pool lies
 MEMORY_SHARE = 0.8  # of a pod's limit that /dev/shm may take: it counts against it

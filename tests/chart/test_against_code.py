@@ -19,6 +19,7 @@ import yaml
 import baton
 from baton.__main__ import COMMANDS
 from baton.cluster.spec import DECIDED
+from baton.k8s.judgement import MIN_KUBERNETES, MIN_OPERATOR
 from baton.k8s.place import NODE_NAME, RACK, RACK_LABEL
 from baton.options import RouterOptions, WorkerOptions
 from baton.registry_url import PASSWORD
@@ -91,6 +92,9 @@ def leaves(values: Manifest, path: str = "") -> list[str]:
 def test_versions_are_those_of_the_package() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == baton.__version__ == chart["version"]
+    assert chart["kubeVersion"] == f">={MIN_KUBERNETES[0]}.{MIN_KUBERNETES[1]}.0-0"
+    page = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    assert f"KubeRay's operator ({MIN_OPERATOR[0]}.{MIN_OPERATOR[1]} or" in page
 
 
 def test_probes_and_monitors_ask_for_what_the_router_serves(cases: Cases) -> None:

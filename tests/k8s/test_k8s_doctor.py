@@ -59,8 +59,8 @@ def test_a_good_cluster_has_no_findings() -> None:
 @pytest.mark.parametrize(
     "facts,wrong,what,advice",
     [
-        (replace(GOOD, kubernetes="v1.27.9"), True, "older than 1.28", "upgrade"),
-        (replace(GOOD, operators=("quay.io/kuberay/operator:v1.3.2",)), True, "older than 1.4", "kuberay"),
+        (replace(GOOD, kubernetes="v1.27.9"), True, "older than 1.29", "upgrade"),
+        (replace(GOOD, operators=("quay.io/kuberay/operator:v1.3.2",)), True, "older than 1.6", "kuberay"),
         (replace(GOOD, operators=()), True, "no KubeRay operator", "install"),
         (replace(GOOD, groups={**GROUPS, "ray.io": ("v1alpha1",)}), True, "has v1alpha1, not v1", "definitions"),
         (replace(GOOD, groups={k: v for k, v in GROUPS.items() if "mon" not in k}), False, "not installed", "rules"),
