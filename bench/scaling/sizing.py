@@ -7,7 +7,7 @@ import math
 from baton.scaling.decode import DecodeTarget
 from baton.scaling.prefill import PrefillTarget
 from bench.scaling.machine import Machine, Slo
-from bench.scaling.traffic import Traffic
+from bench.scaling.traffic import Arrival, Traffic
 
 PEAK_S = 30.0  # a shorter peak is not sized for
 
@@ -17,13 +17,11 @@ def demand(traffic: Traffic, machine: Machine, slo: Slo, window_s: float) -> tup
     windows = max(1, math.ceil(traffic.for_s / window_s))
     prefill, decode = [0.0] * windows, [0.0] * windows
     share = PrefillTarget().busy_share
-    running, room_tokens = _decode_capacity(traffic, machine, slo)
     for arrival in traffic.arrivals:
         at = min(windows - 1, int(arrival.at_s / window_s))
         prefill[at] += machine.prefill_s(arrival.input_tokens) / share / window_s
         lives_s = arrival.output_tokens * slo.token_gap_s
-        tokens = arrival.input_tokens + arrival.output_tokens / 2 + machine.growth_tokens
-        decode[at] += lives_s / window_s * max(tokens / room_tokens, 1 / running)
+        decode[at] += _decode_share(arrival, machine, slo) * lives_s / window_s
     return prefill, decode
 
 
@@ -43,10 +41,9 @@ def first_minute(traffic: Traffic, machine: Machine, slo: Slo) -> tuple[int, int
     return max(1, math.ceil(prefill[0])), max(1, math.ceil(decode[0]))
 
 
-def _decode_capacity(traffic: Traffic, machine: Machine, slo: Slo) -> tuple[float, float]:
-    """Sequences of the traffic's mean length that a decode worker runs at the target, and the tokens that it holds."""
-    count = max(1, len(traffic.arrivals))
-    context = sum(a.input_tokens + a.output_tokens / 2 for a in traffic.arrivals) / count
-    each_s = machine.decode_s_per_sequence + machine.decode_s_per_context_token * context
-    room_tokens = machine.pages * machine.page_tokens * DecodeTarget().full_share
-    return max(1.0, (slo.token_gap_s - machine.decode_fixed_s) / each_s), room_tokens
+def _decode_share(arrival: Arrival, machine: Machine, slo: Slo) -> float:
+    """The share of a decode worker that one sequence takes: of its pages or of its time, whichever is more."""
+    context = arrival.input_tokens + arrival.output_tokens / 2
+    of_pages = (context + machine.growth_tokens) / (machine.pages * machine.page_tokens * DecodeTarget().full_share)
+    takes_s = machine.decode_s_per_sequence + machine.decode_s_per_context_token * context
+    return max(of_pages, takes_s / (slo.token_gap_s - machine.decode_fixed_s))
