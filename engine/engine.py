@@ -18,6 +18,7 @@ from core.errors import BatonError, EngineError
 from core.messages import FinishReason
 from engine.batch import Batch, Executor, PageCopy, Row, RowResult, SampledToken
 from engine.builder import build_row
+from engine.canary import FRESH_S, canary, fault_of
 from engine.policy import EngineView, Policy, SequenceView, StepPlan
 from engine.pool import PagePool
 from engine.sequence import Sequence, Status
@@ -82,6 +83,7 @@ class Engine:
         self._turns: list[asyncio.Future[None]] = []
         self._next_id = 0
         self._step_s = 0.0  # the last one's duration
+        self._proved_s = float("-inf")  # when a step last gave results
         self.steps = 0
         self.preemptions = 0
         pool.on_room = self.wake
@@ -139,7 +141,10 @@ class Engine:
         self._executor.zero_tail(page, used_tokens)
 
     async def turn(self) -> None:
-        """Returns when the loop has come round: the proof that it is alive. The caller sets the deadline."""
+        """Returns when the loop has come round and the model computes: a step has shown it, or a canary does.
+
+        Raises EngineError when the canary fails. The caller sets the deadline.
+        """
         passed = asyncio.get_running_loop().create_future()
         self._turns.append(passed)
         self.wake()
@@ -162,10 +167,11 @@ class Engine:
         """Steps until cancelled; sleeps while there is nothing to do."""
         while True:
             self._wake.clear()
-            self._pass_turns()
             try:
                 plan = self._policy.plan(self.view())
-                if await self.step(plan):
+                stepped = await self.step(plan)
+                await self._pass_turns()
+                if stepped:
                     await self._sleep(plan.pause_s)  # 0: only let the other tasks of this thread run
                     continue
             except Exception:
@@ -177,16 +183,32 @@ class Engine:
         failed = tuple((sequence, error) for sequence in self._sequences.values())
         for sequence, _ in failed:
             self.remove(sequence)
+        self._pass_fence()
+        self._report(StepReport(failed=failed))
+        self._answer_turns(error)
+
+    async def _pass_turns(self) -> None:
+        if not self._turns:
+            return
+        error = None
+        if self._clock() - self._proved_s > FRESH_S:
+            error = fault_of(await self._execute(canary()))
+            self._pass_fence()
+        self._answer_turns(error)
+
+    def _answer_turns(self, error: EngineError | None) -> None:
+        turns, self._turns = self._turns, []
+        for passed in turns:
+            if not passed.done() and error is not None:
+                passed.set_exception(error)
+            elif not passed.done():
+                passed.set_result(None)
+
+    def _pass_fence(self) -> None:
+        """No step is in flight: whoever left during the last one gives its pages back."""
         for sequence in self._departing:
             self._give_back(sequence)
         self._departing.clear()
-        self._report(StepReport(failed=failed))
-
-    def _pass_turns(self) -> None:
-        for passed in self._turns:
-            if not passed.done():
-                passed.set_result(None)
-        self._turns.clear()
 
     async def step(self, plan: StepPlan) -> bool:
         """One step. False if the plan came to nothing."""
@@ -263,7 +285,9 @@ class Engine:
     async def _execute(self, batch: Batch) -> list[RowResult]:
         self._in_flight = True
         try:
-            return await self._run_blocking(self._executor.execute, batch)
+            results = await self._run_blocking(self._executor.execute, batch)
+            self._proved_s = self._clock()
+            return results
         except EngineError as error:
             log.error("step failed: %s", error)
             return [RowResult(error=error.message)] * len(batch.rows)
@@ -293,9 +317,7 @@ class Engine:
                 sampled += self._append(sequence, result.sampled)
             else:
                 advanced.append(sequence)
-        for sequence in self._departing:
-            self._give_back(sequence)
-        self._departing.clear()
+        self._pass_fence()
         report = StepReport(tuple(sampled), tuple(advanced), tuple(failed), batch.tokens, step_s)
         self._report(report)
 
