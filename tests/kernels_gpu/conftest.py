@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from tests.kernels_gpu.casts import use_exact_casts
+
 COMPILED = torch.cuda.is_available()
 
 if not COMPILED:  # Triton looks when it is imported, and again at each kernel's definition
@@ -20,3 +22,10 @@ if not COMPILED:  # Triton looks when it is imported, and again at each kernel's
 def device() -> torch.device:
     """Where the tensors of a test belong."""
     return torch.device("cuda" if COMPILED else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def exact_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter rounds as the hardware does."""
+    if not COMPILED:
+        use_exact_casts(monkeypatch)
