@@ -22,6 +22,7 @@ from core.errors import ConfigError, StartupError
 RECONNECT_S = "600"  # Ray's own 60 s make an outage of a head that restarts
 REDIS_START_S = 10.0
 STOP_S = 30.0
+REMOVE_S = 10.0
 START_S = 1800.0
 DRAIN_S = 5.0  # on Ctrl-C: streams may end by themselves for so long
 CPUS = 1024  # replicas here ask for none; Serve's own actors need some
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace, checkpoint: Path) -> int:
                 signal.signal(number, lambda *_: stop.set())
             _serve(_plain(args, checkpoint, folder, registry), stop)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
     return 0
 
 
@@ -106,6 +107,14 @@ def _ray_options(folder: Path) -> dict[str, Any]:
         "_node_ip_address": "127.0.0.1",
         "_temp_dir": str(folder / "ray"),
     }
+
+
+def _remove(folder: Path) -> None:
+    """Ray's processes that are just ending may write there once more."""
+    ends_s = time.monotonic() + REMOVE_S
+    while folder.exists() and time.monotonic() < ends_s:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
 
 
 @contextmanager
