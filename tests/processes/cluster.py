@@ -154,7 +154,7 @@ class Cluster:
         """No process, no temporary file, no shared memory."""
         self.wait_until("every process has ended", lambda: not self.processes())
         self._reader.join(PATIENCE_S)
-        assert os.listdir(self._folder) == [], "temporary files are left"
+        assert os.listdir(self._folder) == [], f"temporary files are left: {os.listdir(self._folder)}"
         self.wait_until("no shared memory is left", lambda: not set(os.listdir("/dev/shm")) - self._shm_before)
 
     def destroy(self) -> None:

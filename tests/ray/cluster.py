@@ -55,17 +55,19 @@ class RayCluster:
 
     # --- Ray's nodes -------------------------------------------------------------------------------------------
 
-    def start_head(self, cpus: int, labels: str = "") -> None:
+    def start_head(self, cpus: int, watched: bool = True) -> None:
+        """`watched` False: the node does not end when one of its parts does."""
         flags = ["--head", f"--port={self.gcs_port}", f"--temp-dir={self.folder / 'ray'}", "--include-dashboard=false"]
-        self._start_node("head", [*flags, "--disable-usage-stats"], cpus, labels)
+        self._start_node("head", [*flags, "--disable-usage-stats"], cpus, "", watched)
 
     def start_node(self, name: str, cpus: int, labels: str = "") -> None:
         self._start_node(name, [f"--address=127.0.0.1:{self.gcs_port}"], cpus, labels)
 
-    def _start_node(self, name: str, flags: list[str], cpus: int, labels: str) -> None:
+    def _start_node(self, name: str, flags: list[str], cpus: int, labels: str, watched: bool = True) -> None:
         """`ray start` waits thirty seconds for its own parts, which a busy machine may exceed: tried twice."""
         size = [f"--num-cpus={cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--node-ip-address=127.0.0.1"]
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *size, *flags]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *size, *flags]
+        command += ["--block"] if watched else []
         for attempt in (1, 2):
             began = len(self.said())
             self.nodes[name] = node = psutil.Popen(
@@ -77,11 +79,11 @@ class RayCluster:
                 stderr=subprocess.STDOUT,
             )
             ends_s = time.monotonic() + START_S
-            while "Ray runtime started" not in self.said()[began:]:
-                if node.poll() is not None or time.monotonic() > ends_s:
+            while node.poll() is None and time.monotonic() < ends_s:
+                if "Ray runtime started" in self.said()[began:]:
                     break
                 time.sleep(0.05)
-            else:
+            if "Ray runtime started" in self.said()[began:]:
                 return
             self.kill_node(name)
             assert attempt == 1, f"no Ray node {name}:\n{self.said()[-4000:]}"
@@ -91,6 +93,20 @@ class RayCluster:
         with suppress(psutil.Error):
             return [self.nodes[name], *self.nodes[name].children(recursive=True)]
         return []
+
+    def kill_gcs(self) -> Callable[[], None]:
+        """As when its machine loses power; what is returned starts it again, at the same port."""
+        (gcs,) = [process for process in self.processes() if "gcs_server" in _title(process)]
+        command, environment = gcs.cmdline(), gcs.environ()
+        gcs.kill()
+        psutil.wait_procs([gcs], 10)
+
+        def start() -> None:
+            self.nodes["gcs"] = psutil.Popen(
+                command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
+            )
+
+        return start
 
     def kill_node(self, name: str) -> None:
         """As when its machine loses power."""
