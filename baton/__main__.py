@@ -56,6 +56,7 @@ COMMANDS = (
     Command("undeploy", "baton.cluster.undeploy", "take it down again; workers finish what they have"),
     Command("doctor", "baton.doctor", "prove and measure every path between the workers of a running server"),
     Command("k8s", "baton.k8s.command", "look at a Kubernetes cluster, and say what is wrong with it for Baton"),
+    Command("tune", "baton.tune", "measure the GPU kernels' configurations on this GPU, for serving to use"),
     Command("worker", "baton.worker", "one worker process", hidden=True),
     Command("router", "baton.router_process", "one router process", hidden=True),
 )
