@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, checkpoint: Path) -> int:
         raise ConfigError("--ray scales prefill and decode apart: it does not go with --aggregated")
     stop = threading.Event()
     folder = Path(tempfile.mkdtemp(prefix="baton-"))  # 0700: key, registry and Ray's sockets are this user's alone
-    _name_ray(os.environ)
+    _tell_ray(os.environ, folder)
     try:
         with _registry(args.registry, folder) as registry, connected("local", **_ray_options(folder)):
             for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
@@ -93,11 +93,12 @@ def _plain(args: argparse.Namespace, checkpoint: Path, folder: Path, registry: s
 _TLS_FILES = (("cert", "{role}.crt"), ("key", "{role}.key"), ("ca", "ca.crt"))
 
 
-def _name_ray(environment: Any) -> None:
-    """What Ray reads from the environment, said and not left to its version."""
+def _tell_ray(environment: Any, folder: Path) -> None:
+    """What Ray reads from the environment: said, and not left to its version. Its files go with the folder."""
     environment.setdefault("RAY_AUTH_MODE", "token")
     environment.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", RECONNECT_S)
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    environment["RAY_TMPDIR"] = environment["TMPDIR"] = str(folder)
 
 
 def _ray_options(folder: Path) -> dict[str, Any]:

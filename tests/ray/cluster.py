@@ -114,8 +114,8 @@ class RayCluster:
         for process in processes:
             with suppress(psutil.Error):
                 process.kill()
+        self.nodes.pop(name).wait(10)
         psutil.wait_procs(processes, 10)
-        del self.nodes[name]
 
     def said(self) -> str:
         return (self.folder / "nodes.log").read_text(errors="replace")
@@ -220,9 +220,9 @@ class RayCluster:
         for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(self.processes(), PATIENCE_S)
         for node in self.nodes.values():
             node.wait(PATIENCE_S)
+        psutil.wait_procs(self.processes(), PATIENCE_S)
         self._log.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
