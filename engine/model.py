@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from engine.config import ModelConfig
+from engine.ops import Ops
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, q [T, H, D], k [T, K, D], v [T, K, D]) → [T, H, D]: keeps k and v in the pages, attends over them."""
+
+class Rotary(NamedTuple):
+    """What happens to queries and keys before they are used and kept: normed over D if there are weights, then turned.
+
+    It goes with `Attend`, because a backend does it in one pass with the write into the pages.
+    """
+
+    inv_freq: torch.Tensor  # [D/2] float32
+    q_norm: torch.Tensor | None = None  # [D]; both or none
+    k_norm: torch.Tensor | None = None  # [D]
+    eps: float = 0.0
+
+
+class Attend(Protocol):
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None = None
+    ) -> torch.Tensor:
+        """q [T, H, D], k and v [T, K, D] → [T, H, D]: keeps k and v in the pages, attends over them.
+
+        May overwrite q and k. Without `rotary` they are taken as they are.
+        """
+        ...
 
 
 class Model(Protocol):
@@ -47,9 +68,9 @@ class Architecture:
 
     `shapes` names every tensor that the checkpoint must hold, and `optional` those that it may hold and the model
     does not use (tied heads, old rotary buffers). `build` keeps the tensors as they are given: they may be views
-    of the mapped file.
+    of the mapped file. It owns the dictionary, and takes out what it packs: no weight is held twice for long.
     """
 
     shapes: Callable[[ModelConfig], Mapping[str, tuple[int, ...]]]
     optional: Callable[[ModelConfig], frozenset[str]]
-    build: Callable[[ModelConfig, Mapping[str, torch.Tensor]], Model]
+    build: Callable[[ModelConfig, dict[str, torch.Tensor], Ops], Model]

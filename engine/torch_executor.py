@@ -9,11 +9,13 @@ import torch
 from core.errors import EngineError
 from core.layout import PageLayout
 from engine.batch import Batch, PageCopy, Row, RowResult
-from engine.model import Attend, Model
+from engine.model import Attend, Model, Rotary
 from engine.sampler import sample_rows
 from engine.step import Step, logits_rows, prepare
 from kernels.page_write import page_write
 from kernels.paged_attention import GatherBuffer, paged_attention
+from kernels.rms_norm import rms_norm
+from kernels.rope import Angles, angles, rope
 
 
 class TorchExecutor:
@@ -66,7 +68,15 @@ class TorchExecutor:
         return _by_row(rows, sample_rows(model.logits(hidden), step.draws))
 
     def _attention(self, step: Step) -> Attend:
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        turned: dict[int, Angles] = {}  # by inv_freq: the layers of a model share one or two
+
+        def attend(
+            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None = None
+        ) -> torch.Tensor:
+            if rotary is not None:
+                if id(rotary.inv_freq) not in turned:
+                    turned[id(rotary.inv_freq)] = angles(step.positions, rotary.inv_freq, q.dtype)
+                q, k = _rotated(q, k, rotary, turned[id(rotary.inv_freq)])
             page_write(self._frames, layer, k, v, step.write_rows)
             return paged_attention(q, self._frames, layer, step.plans[layer], self._scale, self._buffer)
 
@@ -94,6 +104,12 @@ class TorchExecutor:
         if not (min(row.ids) >= 0 and max(row.ids) < config.vocab_size):
             return f"a token id is outside the vocabulary of {config.vocab_size}"
         return None
+
+
+def _rotated(q: torch.Tensor, k: torch.Tensor, rotary: Rotary, turned: Angles) -> tuple[torch.Tensor, torch.Tensor]:
+    if rotary.q_norm is not None and rotary.k_norm is not None:
+        q, k = rms_norm(q, rotary.q_norm, rotary.eps), rms_norm(k, rotary.k_norm, rotary.eps)
+    return rope(q, turned), rope(k, turned)
 
 
 def _by_row(rows: Sequence[Row], results: Sequence[RowResult]) -> list[RowResult]:

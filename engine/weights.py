@@ -1,7 +1,7 @@
 """A checkpoint's weights: which files, which tensors, in which type. Never two copies of them.
 
 In the checkpoint's own type every tensor is a view of the mapped file. In another type tensors are converted one by
-one, and the pages of the file behind each are given back to the system.
+one, and the pages of the file behind each are given back to the system. On a device it is a copy in its memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from core.errors import CheckpointError
 from engine.architectures.registry import find_architecture
 from engine.config import Fields, ModelConfig, read_config, read_json
 from engine.model import Model
+from engine.ops import PLAIN, Ops
 from engine.safetensors_file import SafetensorsFile
 
 SINGLE_FILE = "model.safetensors"
@@ -25,7 +26,13 @@ MAX_NAMED = 5  # tensors named in one complaint
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
-def load_model(checkpoint: Path, dtype: str = "auto", progress: Progress | None = None) -> Model:
+def load_model(
+    checkpoint: Path,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+    device: str = "cpu",
+    ops: Ops = PLAIN,
+) -> Model:
     """The model of a checkpoint folder. Raises CheckpointError, naming the file and what is wrong with it."""
     assert dtype in DTYPES, dtype
     config = read_config(checkpoint)
@@ -34,7 +41,8 @@ def load_model(checkpoint: Path, dtype: str = "auto", progress: Progress | None 
     _check(checkpoint, files, architecture.shapes(config), architecture.optional(config))
     names = set(architecture.shapes(config))
     target = target_dtype(config, dtype)
-    return architecture.build(config, dict(_tensors(files, names, target, progress)))
+    tensors = {name: tensor.to(device) for name, tensor in _tensors(files, names, target, progress)}
+    return architecture.build(config, tensors, ops)
 
 
 def target_dtype(config: ModelConfig, dtype: str) -> torch.dtype:

@@ -23,6 +23,7 @@ from engine.architectures.registry import BUILT_IN, find_architecture
 from engine.config import ModelConfig, RopeConfig, read_config
 from engine.identity import identity
 from engine.model import Architecture, Attend
+from engine.ops import Ops
 from engine.safetensors_file import SafetensorsFile
 from engine.weights import INDEX_FILE, SINGLE_FILE, load_model
 from tests.run_rows import Rig, prompt
@@ -286,7 +287,7 @@ def test_an_unknown_architecture_lists_the_known() -> None:
 class ToyModel:
     """The next id is the sum of all ids so far: attention alone, through the pages, with one head of two numbers."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor], ops: Ops) -> None:
         self.config = config
         self.dtype = torch.float32
         self._scale = tensors["scale"]

@@ -6,18 +6,16 @@ the weights are a tuple of layers, the state of a step is passed in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from engine.config import ModelConfig, RopeConfig
-from engine.model import Architecture, Attend
+from engine.model import Architecture, Attend, Rotary
+from engine.ops import PLAIN, Ops
 from kernels.linear import linear
-from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import angles, inverse_frequencies, rope, scale_linear, scale_llama3
-from kernels.silu_mul import silu_mul
+from kernels.rope import inverse_frequencies, scale_linear, scale_llama3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +37,11 @@ class Linear(NamedTuple):
 
 class Layer(NamedTuple):
     attention_norm: torch.Tensor  # [E]
-    q: Linear  # [H * D, E]
-    k: Linear  # [K * D, E]
-    v: Linear  # [K * D, E]
-    q_norm: torch.Tensor | None  # [D]
-    k_norm: torch.Tensor | None  # [D]
+    qkv: tuple[Linear, ...]  # [H * D, E], [K * D, E], [K * D, E]; or packed into one
+    rotary: Rotary
     output: Linear  # [E, H * D]
     feed_norm: torch.Tensor  # [E]
-    gate: Linear  # [F, E]
-    up: Linear  # [F, E]
+    gate_up: tuple[Linear, ...]  # [F, E], [F, E]; or packed into one
     down: Linear  # [E, F]
 
 
@@ -106,13 +100,17 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
 class Decoder:
     """Implements engine.model.Model."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: ModelConfig, tensors: dict[str, torch.Tensor], ops: Ops = PLAIN) -> None:
         self.config = config
+        self._ops = ops
         self._embedding = tensors["model.embed_tokens.weight"]  # [V, E]
-        self._layers = tuple(_layer(tensors, f"model.layers.{i}.") for i in range(config.layers))
+        rotary = Rotary(rope_frequencies(config.rope, config.head_dim).to(self._embedding.device))
+        rotary = rotary._replace(eps=config.rms_norm_eps)
+        self._layers = tuple(_layer(tensors, f"model.layers.{i}.", rotary, ops.packed) for i in range(config.layers))
+        query, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self._qkv_widths = (query, kv, kv)
         self._norm = tensors["model.norm.weight"]  # [E]
         self._head = self._embedding if config.tie_word_embeddings else tensors["lm_head.weight"]  # [V, E]
-        self._inv_freq = rope_frequencies(config.rope, config.head_dim)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,43 +122,53 @@ class Decoder:
     def forward(
         self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, wanted: torch.Tensor
     ) -> torch.Tensor:
-        config, eps = self.config, self.config.rms_norm_eps
-        turned = angles(positions, self._inv_freq, hidden.dtype)
+        config, eps, ops = self.config, self.config.rms_norm_eps, self._ops
+        feed_widths = (config.intermediate_size,) * 2
         residual = hidden  # [T, E]
-        normed = rms_norm(hidden, self._layers[0].attention_norm, eps)
+        normed = ops.rms_norm(hidden, self._layers[0].attention_norm, eps)
         for i, layer in enumerate(self._layers):
-            q = layer.q(normed).view(-1, config.heads, config.head_dim)  # [T, H, D]
-            k = layer.k(normed).view(-1, config.kv_heads, config.head_dim)  # [T, K, D]
-            v = layer.v(normed).view(-1, config.kv_heads, config.head_dim)  # [T, K, D]
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
-            mixed = attend(i, rope(q, turned), rope(k, turned), v).view(len(q), -1)  # [T, H * D]
+            q, k, v = _project(layer.qkv, normed, self._qkv_widths)
+            q = q.view(-1, config.heads, config.head_dim)  # [T, H, D]
+            k = k.view(-1, config.kv_heads, config.head_dim)  # [T, K, D]
+            v = v.view(-1, config.kv_heads, config.head_dim)  # [T, K, D]
+            mixed = attend(i, q, k, v, layer.rotary).view(len(q), -1)  # [T, H * D]
             if i + 1 == config.layers:  # beyond the last attention only the wanted tokens matter
                 mixed, residual = mixed[wanted], residual[wanted]
-            normed, residual = add_rms_norm(layer.output(mixed), residual, layer.feed_norm, eps)
-            fed = layer.down(silu_mul(layer.gate(normed), layer.up(normed)))  # [T, E]
+            normed, residual = ops.add_rms_norm(layer.output(mixed), residual, layer.feed_norm, eps)
+            fed = layer.down(ops.silu_mul(*_project(layer.gate_up, normed, feed_widths)))  # [T, E]
             following = self._norm if i + 1 == config.layers else self._layers[i + 1].attention_norm
-            normed, residual = add_rms_norm(fed, residual, following, eps)
+            normed, residual = ops.add_rms_norm(fed, residual, following, eps)
         return normed  # [M, E]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return linear(hidden, self._head)
 
 
-def _layer(tensors: Mapping[str, torch.Tensor], prefix: str) -> Layer:
-    def of(name: str) -> Linear:
-        return Linear(tensors[f"{prefix}{name}.weight"], tensors.get(f"{prefix}{name}.bias"))
+def _project(linears: tuple[Linear, ...], x: torch.Tensor, widths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """[T, width] for each width: of products apart, or of one packed product."""
+    if len(linears) == len(widths):
+        return tuple(each(x) for each in linears)
+    return tuple(torch.split(linears[0](x), list(widths), dim=1))
 
+
+def _layer(tensors: dict[str, torch.Tensor], prefix: str, rotary: Rotary, packed: bool) -> Layer:
+    def of(*names: str) -> tuple[Linear, ...]:
+        found = [Linear(tensors[f"{prefix}{name}.weight"], tensors.get(f"{prefix}{name}.bias")) for name in names]
+        if not packed or len(found) == 1:
+            return tuple(found)
+        for name in names:
+            del tensors[f"{prefix}{name}.weight"]
+        biases = [each.bias for each in found if each.bias is not None]
+        assert len(biases) in (0, len(found)), names
+        return (Linear(torch.cat([each.weight for each in found]), torch.cat(biases) if biases else None),)
+
+    norms = [tensors.get(f"{prefix}self_attn.{name}.weight") for name in ("q_norm", "k_norm")]
     return Layer(
         attention_norm=tensors[f"{prefix}input_layernorm.weight"],
-        q=of("self_attn.q_proj"),
-        k=of("self_attn.k_proj"),
-        v=of("self_attn.v_proj"),
-        q_norm=tensors.get(f"{prefix}self_attn.q_norm.weight"),
-        k_norm=tensors.get(f"{prefix}self_attn.k_norm.weight"),
-        output=of("self_attn.o_proj"),
+        qkv=of("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        rotary=rotary._replace(q_norm=norms[0], k_norm=norms[1]),
+        output=of("self_attn.o_proj")[0],
         feed_norm=tensors[f"{prefix}post_attention_layernorm.weight"],
-        gate=of("mlp.gate_proj"),
-        up=of("mlp.up_proj"),
-        down=of("mlp.down_proj"),
+        gate_up=of("mlp.gate_proj", "mlp.up_proj"),
+        down=of("mlp.down_proj")[0],
     )
