@@ -1,0 +1,157 @@
+"""The benches of the GPU: what they say of goals and failures, and that they run, in the interpreter, with little."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.kernels.measure import Rates, checked, measured
+from bench.kernels.rows import (
+    Asked,
+    Goal,
+    Machine,
+    Outcome,
+    Row,
+    Work,
+    WrongResult,
+    close,
+    judge,
+    rate,
+    same,
+    table_lines,
+)
+from kernels.gpu.tuning import EMPTY
+
+ROOT = Path(__file__).resolve().parent.parent
+H200 = Machine("NVIDIA H200", 4.0, 800.0)
+OTHER = Machine("NVIDIA L4", 0.2, 100.0)
+ASKED = Asked(torch.device("cpu"), EMPTY, small=True)
+NOT_NEEDED = (
+    "aiohttp", "blake3", "grpc", "huggingface_hub", "prometheus_client", "google", "rich", "safetensors", "tokenizers",
+    "tqdm", "xxhash", "yaml",
+)  # fmt: skip
+BLOCKED = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({NOT_NEEDED!r}))
+sys.argv[1:] = sys.argv[2:]
+runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+"""
+
+
+def run_blocked(module: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    """A bench in a process that has Python, torch, numpy and triton, and no other library of ours."""
+    code = BLOCKED.replace("MODULE", repr(module))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code, "-", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=110, check=False)
+
+
+def a_row(
+    goal: Goal | None = None, beside: Mapping[str, Callable[[], object]] | None = None, check: Any = lambda: None
+) -> Row:
+    work = Work(lambda: None, check, bytes=10**9, beside=beside or {}, tuned=False)
+    return Row("a row", "TB/s", lambda _: work, goal)
+
+
+def at(machine: Machine, seconds: float = 1e-3) -> Rates:
+    """Every call takes as long; whatever it raises comes out."""
+
+    def timed(call: Callable[[], object]) -> float:
+        call()
+        return seconds
+
+    return Rates(timed, machine)
+
+
+def outcome_of(row: Row, rates: Rates) -> Outcome:
+    (outcome,) = measured([row], ASKED, rates, lambda _: None)
+    return outcome
+
+
+def test_absolute_goals_are_for_one_chip_and_shares_for_any() -> None:
+    for machine, value, share, verdicts in (
+        (H200, 3.9, 0.975, ("pass", "pass")), (H200, 3.0, 0.75, ("miss", "miss")),
+        (OTHER, 0.19, 0.95, ("other chip", "pass")), (OTHER, 0.1, 0.5, ("other chip", "miss")),
+    ):  # fmt: skip
+        found = tuple(judge(a_row(goal), machine, value, share) for goal in (Goal(value=3.9), Goal(share=0.8)))
+        assert found == verdicts
+    assert judge(a_row(), H200, 1.0, None) == "none"
+
+
+def test_a_rate_is_what_must_be_done_over_the_time() -> None:
+    work = Work(lambda: None, lambda: None, bytes=4 * 10**12, flops=6 * 10**12)
+    assert [rate(work, unit, 2.0) for unit in ("TB/s", "TFLOP/s", "us")] == [2.0, 3.0, 2e6]
+
+
+def test_a_row_says_its_rate_its_share_and_what_stands_beside() -> None:
+    def broken() -> None:
+        raise RuntimeError("no such layout")
+
+    outcome = outcome_of(a_row(Goal(share=0.2), {"torch": lambda: None, "other": broken}), at(H200))
+    assert (outcome.value, outcome.share, outcome.verdict, outcome.tuned) == (1.0, 0.25, "pass", False)
+    assert outcome.beside == {"torch": 1.0, "other": None}
+    assert table_lines(H200, [outcome])[2:] == [
+        "| kernel | time | achieved | of the machine | beside | configuration |", "|---|---|---|---|---|---|",
+        "| a row | 1000.0 us | 1 TB/s | 25% | torch 1, other failed | untuned |", "",
+        "pass: a row 1 TB/s, goal >= 20% of copy",
+    ]  # fmt: skip
+
+
+def test_a_kernel_that_is_not_there_is_absent_and_one_that_breaks_has_failed() -> None:
+    def absent(_: Asked) -> Work:
+        raise ModuleNotFoundError("no", name="kernels.gpu.none")
+
+    def lacks(_: Asked) -> Work:
+        raise ModuleNotFoundError("no", name="numpy")
+
+    def wrong() -> None:
+        raise WrongResult("off by 1")
+
+    rows = [Row("a", "us", absent), Row("b", "us", lacks), a_row(check=wrong), a_row()]
+    outcomes = checked(rows, ASKED)
+    assert [outcome.status for outcome in outcomes] == ["absent", "failed", "failed", "right"]
+    assert "WrongResult" in outcomes[2].reason and "off by 1" in outcomes[2].reason
+    assert table_lines(None, outcomes)[2] == "| a | absent (kernels.gpu.none) | | | | |"
+
+
+def test_a_row_that_fails_leaves_the_others_their_turn() -> None:
+    def broken(_: Asked) -> Work:
+        raise RuntimeError("out of memory")
+
+    told: list[Outcome] = []
+    outcomes = measured([Row("a", "us", broken), a_row()], ASKED, at(H200), told.append)
+    assert [outcome.status for outcome in outcomes] == ["failed", "timed"] and told == outcomes
+
+
+def test_results_are_compared() -> None:
+    one = torch.tensor([1.0, -4.0])
+    close(one + 0.03, one, 0.01)
+    same(one, one.clone())
+    for found in (one + 0.05, torch.tensor([1.0, float("nan")]), one[:1]):
+        with pytest.raises(WrongResult):
+            close(found, one, 0.01)
+    with pytest.raises(WrongResult, match="1 of 2"):
+        same(one, torch.tensor([1.0, 4.0]))
+
+
+def test_every_kernel_is_right_in_the_interpreter_with_torch_and_triton_alone(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = run_blocked("bench.kernels", "--interpret", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) >= 14 and {row["status"] for row in rows} <= {"right", "absent"}, done.stdout
+    assert {row["name"] for row in rows if row["status"] == "right"} >= {"decode bf16 64 x 4k", "prefill causal 8k"}
+
+
+def test_without_a_gpu_there_is_a_clear_error() -> None:
+    pytest.importorskip("triton")
+    done = run_blocked("bench.kernels")
+    assert (done.returncode, done.stdout) == (2, "") and "needs a GPU" in done.stderr
