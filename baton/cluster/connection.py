@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from core.errors import StartupError
+
+KNOCK_S = 5.0
 
 
 @contextmanager
@@ -19,13 +22,21 @@ def connected(address: str, **more: Any) -> Iterator[None]:
     except ImportError as error:
         raise StartupError(f"Ray is not installed: pip install 'baton[ray,redis]' ({error})") from error
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **more)
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+    except (OSError, RayError, RuntimeError, ValueError) as error:
         raise StartupError(_why(address, error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for a minute and longer to reach a head that is not there. Raises OSError."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 def _why(address: str, error: Exception) -> str:

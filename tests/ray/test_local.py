@@ -46,3 +46,10 @@ def test_what_it_cannot_do_it_says_at_once(flags: list[str], words: str) -> None
     )
     assert done.returncode in (1, 2) and words in done.stderr, done
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_cluster_that_is_not_there_is_said_so_at_once() -> None:
+    need("ray")
+    words = ["deploy", str(ROOT / "deploy" / "cluster.yaml"), "--address", "127.0.0.1:1"]
+    done = subprocess.run([sys.executable, "-m", "baton", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "no Ray cluster at 127.0.0.1:1" in done.stderr, done
