@@ -98,6 +98,7 @@ async def test_killed_replicas_and_processes_are_replaced(cluster: RayCluster, r
             def is_replaced(tier: str = tier, before: set[int] = before) -> bool:
                 return bool(set(cluster.replicas(tier)) - before)
 
+            # Seen within 3 s; then another actor has to start, which takes Ray as long on two cores.
             await until(cluster, f"the controller starts another {tier}", is_replaced, 2 * DETECTED_S)
             await until(cluster, "a success", lambda n=right_before: tally.right > n, SUCCESS_S)  # type: ignore[misc]
             await until(cluster, f"two {tier} workers", lambda tier=tier: len(cluster.workers(tier)) == 2)  # type: ignore[misc]
