@@ -1,0 +1,307 @@
+"""Paged decode attention against the token-by-token reference, with poison wherever no token was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.gpu.decode_attention import (
+    LONGEST_SPLIT_TOKENS,
+    MAX_SPLITS,
+    DecodeConfig,
+    choose_splits,
+    decode_attention,
+    decode_attention_reference,
+    default_config,
+)
+from tests.kernels_gpu.pairwise import pairwise
+
+LAYERS = 2
+LAYER = 1
+SCALE = 0.25
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}  # values are at most about 4
+QUANTISED = (torch.int8, torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    q: torch.Tensor
+    frames: torch.Tensor
+    pages: torch.Tensor
+    lengths: torch.Tensor
+    kv_scales: torch.Tensor | None
+    window: int | None
+
+    def attend(self, **options: Any) -> torch.Tensor:
+        return decode_attention(
+            self.q, self.frames, LAYER, self.pages, self.lengths, SCALE, self.window, self.kv_scales, **options
+        )
+
+    def expected(self) -> torch.Tensor:
+        return decode_attention_reference(
+            self.q, self.frames, LAYER, self.pages, self.lengths, SCALE, self.window, self.kv_scales
+        )
+
+    def row(self, row: int) -> Batch:
+        one = slice(row, row + 1)
+        return Batch(self.q[one], self.frames, self.pages[one], self.lengths[one], self.kv_scales, self.window)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """NaN where the type has one."""
+    if dtype == torch.int8:
+        return torch.full(shape, -113, dtype=dtype, device=device)
+    return torch.full(shape, float("nan"), device=device).to(dtype)
+
+
+def batch(
+    device: torch.device,
+    lengths: list[int],
+    tokens: int = 1,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
+    window: int | None = None,
+    padding: int = 0,  # elements between two frames
+    seed: int = 0,
+) -> Batch:
+    """Rows on pages of their own in random order. Beyond its length and before its window a row has no pages."""
+    stored = stored or dtype
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-length // page_size) for length in lengths]
+    frame = (kv_heads, LAYERS, 2, page_size, head_dim)
+    elements = kv_heads * LAYERS * 2 * page_size * head_dim
+    pool = poisoned((sum(counts) + 1, elements + padding), stored, device)
+    frames = pool[:, :elements].unflatten(1, frame)
+    scales = poisoned((len(frames), *frame[:4]), torch.float32, device) if stored in QUANTISED else None
+    order = torch.randperm(len(frames), generator=generator).tolist()
+    pages = torch.full((len(lengths), max([1, *counts])), -1 << 30, dtype=torch.int32)
+    for row, length in enumerate(lengths):
+        lowest = 0 if window is None else max(0, length - tokens - window + 1)
+        for number in range(lowest // page_size, counts[row]):
+            pages[row, number] = page = order.pop()
+            first = max(0, lowest - number * page_size)
+            last = min(page_size, length - number * page_size)
+            values = torch.randn(*frame[:3], last - first, head_dim, generator=generator)
+            if scales is not None:
+                largest = 127 if stored == torch.int8 else torch.finfo(stored).max
+                scale = values.abs().amax(-1) / largest
+                values = values / scale[..., None]
+                values = values.round() if stored == torch.int8 else values
+                scales[page, :, :, :, first:last] = scale.to(device)
+            frames[page, :, :, :, first:last] = values.to(stored).to(device)
+    q = torch.randn(len(lengths), tokens, heads, head_dim, generator=generator).to(dtype).to(device)
+    counted = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return Batch(q, frames, pages.to(device), counted, scales, window)
+
+
+def check(made: Batch, **options: Any) -> torch.Tensor:
+    got = made.attend(**options)
+    assert got.shape == made.q.shape and got.dtype == made.q.dtype
+    torch.testing.assert_close(got.float(), made.expected(), rtol=0, atol=TOLERANCE[made.q.dtype])
+    return got
+
+
+CASES = pairwise(
+    {
+        "lengths": [[1, 40], [16, 0, 17, 15], [64, 65], [33, 130]],
+        "tokens": [1, 2, 5, 8],
+        "share": [1, 2, 3, 4, 8, 16],
+        "kv_heads": [1, 2],
+        "head_dim": [64, 80, 96, 128, 192, 256],
+        "page_size": [16, 32, 64],
+        "types": [
+            (torch.float32, None),
+            (torch.float16, None),
+            (torch.bfloat16, None),
+            (torch.float32, torch.int8),
+            (torch.float16, torch.float8_e4m3fn),
+            (torch.bfloat16, torch.int8),
+            (torch.bfloat16, torch.float8_e4m3fn),
+        ],
+        "window": [None, None, 1, 20],
+        "splits": [None, 1, 2, 5],
+        "block_keys": [16, 32, 64],
+        "padding": [0, 8],
+    }
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[str(i) for i in range(len(CASES))])
+def test_every_two_values_of_every_two_axes(device: torch.device, case: dict[str, Any]) -> None:
+    lengths = [length and max(length, case["tokens"]) for length in case["lengths"]]
+    dtype, stored = case["types"]
+    made = batch(
+        device,
+        lengths,
+        case["tokens"],
+        case["share"] * case["kv_heads"],
+        case["kv_heads"],
+        case["head_dim"],
+        case["page_size"],
+        dtype,
+        stored,
+        case["window"],
+        case["padding"],
+    )
+    check(made, config=DecodeConfig(block_keys=case["block_keys"], splits=case["splits"]), sm_count=4)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49])
+def test_lengths_around_the_borders_of_pages_and_tiles(device: torch.device, length: int) -> None:
+    made = batch(device, [length])
+    check(made, splits=2, config=DecodeConfig(block_keys=32))
+
+
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_each_query_token_sees_keys_up_to_its_own(device: torch.device, tokens: int) -> None:
+    """The shortest row that may be: its first query sees one key, and parts begin beyond some queries' keys."""
+    check(batch(device, [tokens, 31 + tokens], tokens), config=DecodeConfig(block_keys=16, splits=3))
+
+
+def test_an_inactive_row_is_zero_whatever_its_pages(device: torch.device) -> None:
+    made = batch(device, [0, 20, 0], tokens=3, heads=6)
+    for splits in (1, 4):
+        got = check(made, splits=splits, out=torch.full_like(made.q, float("nan")))
+        assert not got[[0, 2]].any()
+
+
+def test_no_rows(device: torch.device) -> None:
+    assert batch(device, []).attend().shape == (0, 1, 4, 64)
+
+
+def test_a_window_needs_no_pages_before_it(device: torch.device) -> None:
+    made = batch(device, [100, 9], tokens=2, window=7)
+    assert (made.pages[0, :5] < 0).all()
+    check(made, config=DecodeConfig(block_keys=64))
+
+
+def test_it_writes_where_it_is_told_and_nowhere_else(device: torch.device) -> None:
+    made = batch(device, [40, 70], tokens=2, head_dim=80)
+    wide = torch.full((2, 2, 6, 88), 7.0, device=device)
+    out = wide[:, :, 1:5, :80]
+    assert check(made, splits=3, out=out) is out
+    out.fill_(7.0)
+    assert (wide == 7.0).all()
+
+
+def test_queries_may_be_a_part_of_a_wider_tensor(device: torch.device) -> None:
+    made = batch(device, [40, 70], tokens=2)
+    wide = torch.full((2, 2, 8, 64), float("nan"), device=device)
+    wide[:, :, :4] = made.q
+    got = Batch(wide[:, :, :4], made.frames, made.pages, made.lengths, None, None).attend()
+    torch.testing.assert_close(got, made.attend(), rtol=0, atol=0)
+
+
+def test_heads_or_layers_may_be_the_outer_dimension_of_a_frame(device: torch.device) -> None:
+    made = batch(device, [40, 70], kv_heads=2)
+    for order in ((2, 1, 0, 3, 4, 5), (1, 0, 3, 2, 4, 5), (0, 1, 2, 4, 3, 5)):
+        back = [order.index(dim) for dim in range(6)]
+        frames = made.frames.permute(order).contiguous().permute(back)
+        check(Batch(made.q, frames, made.pages, made.lengths, None, None))
+
+
+@pytest.mark.parametrize("stored", [None, torch.float8_e4m3fn], ids=str)
+def test_a_row_does_not_depend_on_the_rows_beside_it(device: torch.device, stored: torch.dtype | None) -> None:
+    """Bit by bit, while the number of splits stays."""
+    made = batch(device, [130, 3, 0, 64], tokens=2, dtype=torch.float16, stored=stored)
+    together = made.attend(splits=3)
+    alone = torch.cat([made.row(row).attend(splits=3) for row in range(4)])
+    assert torch.equal(together, alone)
+
+
+def test_offsets_of_more_than_32_bits(device: torch.device) -> None:
+    """Pages beyond 2^31 elements of a pool that exists in address space only, but for those pages."""
+    elements = 1 << 31
+    made = batch(device, [40, 17], dtype=torch.float16, stored=torch.int8)
+    frame = made.frames[0].numel()
+    count = elements // frame + len(made.frames)
+    pool = torch.empty(count * frame, dtype=torch.int8, device=device).view(count, *made.frames.shape[1:])
+    pool[-len(made.frames) :] = made.frames
+    assert made.kv_scales is not None
+    scales = torch.empty((count, *made.kv_scales.shape[1:]), device=device)
+    scales[-len(made.frames) :] = made.kv_scales
+    moved = made.pages + (count - len(made.frames))
+    got = Batch(made.q, pool, moved, made.lengths, scales, None).attend()
+    assert torch.equal(got, made.attend())
+
+
+@pytest.mark.parametrize("stored", QUANTISED, ids=str)
+def test_scales_of_any_size(device: torch.device, stored: torch.dtype) -> None:
+    """Keys with a scale of 0, values of next to nothing and huge ones side by side: no overflow in 16 bits."""
+    made = batch(device, [50, 33], tokens=2, dtype=torch.bfloat16, stored=stored)
+    scales = made.kv_scales
+    assert scales is not None
+    scales[:, :, :, 1, ::3] *= 1e-12
+    scales[:, :, :, 1, 1::5] *= 1e6
+    scales[:, :, :, :, 7] = 0
+    scales[:, :, :, 1, 11] = 0
+    got, expected = made.attend(splits=2).float(), made.expected()
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+    again = Batch(made.q * 0, made.frames, made.pages, made.lengths, scales, None)
+    torch.testing.assert_close(again.attend().float(), again.expected(), rtol=1e-2, atol=1e4)
+
+
+@pytest.mark.parametrize(("stored", "bound"), [(torch.int8, 0.05), (torch.float8_e4m3fn, 0.3)], ids=str)
+def test_quantised_keys_and_values_stay_near_the_exact_ones(
+    device: torch.device, stored: torch.dtype, bound: float
+) -> None:
+    exact = batch(device, [70, 30], head_dim=128)
+    kept = batch(device, [70, 30], head_dim=128, stored=stored)
+    difference = (kept.attend() - exact.expected()).abs().max().item()
+    assert 0 < difference < bound
+
+
+def test_large_scores_do_not_overflow(device: torch.device) -> None:
+    made = batch(device, [60, 20])
+    loud = Batch(made.q * 3e3, made.frames, made.pages, made.lengths, None, None)
+    torch.testing.assert_close(loud.attend(splits=2), loud.expected(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("sm_count", [1, 108, 132])
+def test_splits_fill_the_chip_and_no_more(sm_count: int) -> None:
+    for blocks in (1, 2, 8, 24, 64, 131, 256, 512, 4096):
+        for bound in (1, 64, 512, 4096, 8192, 131072):
+            plan = choose_splits(blocks, bound, sm_count, 64)
+            assert 1 <= plan.splits <= MAX_SPLITS
+            enough = blocks * plan.splits >= 2 * sm_count
+            shortest = plan.splits * plan.least_tiles * 64 >= bound
+            assert enough or shortest or plan.splits == MAX_SPLITS
+            if blocks >= 2 * sm_count:
+                assert (plan.splits == 1) == (bound <= LONGEST_SPLIT_TOKENS)
+
+
+def test_tiles_of_the_default_leave_room_for_two_programs_on_a_multiprocessor() -> None:
+    for head_dim in (64, 80, 96, 128, 192, 256):
+        for size in (1, 2, 4):
+            config = default_config(head_dim, size, 4)
+            room = 2 * config.block_keys * (1 << (head_dim - 1).bit_length()) * size * config.num_stages
+            assert room <= 114 << 10 and config.block_keys >= 16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pages": torch.zeros(2, 3, dtype=torch.int64)},
+        {"lengths": torch.zeros(3, dtype=torch.int32)},
+        {"q": torch.zeros(2, 9, 4, 64)},
+        {"q": torch.zeros(2, 1, 3, 64)},
+        {"q": torch.zeros(2, 1, 4, 64, dtype=torch.float16)},
+        {"q": torch.zeros(2, 1, 4, 128)[..., ::2]},
+        {"frames": torch.zeros(5, 2, 2, 2, 16, 72)},
+        {"kv_scales": torch.zeros(5, 2, 2, 2, 16)},
+        {"window": 0},
+    ],
+    ids=str,
+)
+def test_wrong_inputs_are_refused(change: dict[str, Any]) -> None:
+    made = batch(torch.device("cpu"), [40, 17])
+    fields = {name: change.get(name, getattr(made, name)) for name in Batch.__slots__}
+    with pytest.raises(AssertionError):
+        Batch(**fields).attend()
