@@ -18,9 +18,9 @@ BY_HEAD = pairwise({"dtype": DTYPES, "tokens": [1, 5, 40], "heads": [1, 3, 8], "
 
 
 def near(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within one rounding of the result's type, element by element; a sum in another order is allowed for."""
+    """Within one rounding of the result's type; in float32 some more, for sums in another order and a GPU's root."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
-    eps = max(torch.finfo(got.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+    eps = max(torch.finfo(got.dtype).eps, 8 * torch.finfo(torch.float32).eps)
     torch.testing.assert_close(got.float(), expected.float(), rtol=eps, atol=1e-7)
 
 
