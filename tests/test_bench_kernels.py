@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from bench.gpu_engine import __main__ as engine_bench
+from bench.gpu_engine.shapes import MODELS, TINY, random_weights
+from bench.gpu_engine.steps import Load, Timed, pages_needed, timed
+from bench.kernels import __main__ as kernels_bench
 from bench.kernels.measure import Rates, checked, measured
 from bench.kernels.rows import (
     Asked,
@@ -28,6 +34,7 @@ from bench.kernels.rows import (
     same,
     table_lines,
 )
+from engine.batch import Batch, RowResult, SampledToken
 from kernels.gpu.tuning import EMPTY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +158,98 @@ def test_every_kernel_is_right_in_the_interpreter_with_torch_and_triton_alone(tm
     assert {row["name"] for row in rows if row["status"] == "right"} >= {"decode bf16 64 x 4k", "prefill causal 8k"}
 
 
-def test_without_a_gpu_there_is_a_clear_error() -> None:
+@pytest.mark.parametrize("bench", [kernels_bench, engine_bench])
+def test_without_a_gpu_there_is_a_clear_error(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("triton")
-    done = run_blocked("bench.kernels")
-    assert (done.returncode, done.stdout) == (2, "") and "needs a GPU" in done.stderr
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "needs a GPU" in err
+
+
+class Counts:
+    """An executor that checks what it is given, and counts up from each row's last id."""
+
+    def __init__(self, page_size: int, pages: int, error: str | None = None) -> None:
+        self.page_size, self.pages, self.error = page_size, pages, error
+        self.batches: list[Batch] = []
+
+    def execute(self, batch: Batch) -> list[RowResult]:
+        self.batches.append(batch)
+        held = [page for row in batch.rows for page in row.pages]
+        assert len(held) == len(set(held)) and min(held) > 0 and max(held) < self.pages, "a page of their own each"
+        for row in batch.rows:
+            assert row.sample is not None and len(row.sample.history) == row.start + len(row.ids)
+            assert tuple(row.sample.history[row.start :]) == row.ids
+            assert row.start + len(row.ids) <= len(row.pages) * self.page_size
+        if self.error is not None:
+            return [RowResult(error=self.error) for _ in batch.rows]
+        return [RowResult((SampledToken((row.ids[-1] + 1) % TINY.vocab_size),)) for row in batch.rows]
+
+
+def run_load(load: Load, executor: Counts, steps: int = 4) -> Timed:
+    return timed(load, TINY, executor, executor.page_size, 1, steps, torch.device("cpu"))
+
+
+def test_decode_goes_on_from_what_was_sampled_and_prefill_begins_anew() -> None:
+    decode, prefill = Load("d", 3, context=30), Load("p", 2, prompt_tokens=20)
+    pages = pages_needed([decode, prefill], 16, 5)
+    assert pages == 1 + 3 * 3, "30 tokens and 13 steps behind them"
+    executor = Counts(16, pages)
+    found = run_load(decode, executor)
+    assert [[(row.ids, row.start) for row in batch.rows] for batch in executor.batches] == [
+        [((1 + step,), 30 + step)] * 3 for step in range(5)
+    ]
+    assert found.tokens == 3 and found.device_s is None and found.host_s is None and found.tokens_per_s > 0
+    executor.batches.clear()
+    assert run_load(prefill, executor).tokens == 40
+    assert {(len(row.ids), row.start) for batch in executor.batches for row in batch.rows} == {(20, 0)}
+
+
+def test_a_row_that_fails_fails_the_load() -> None:
+    with pytest.raises(RuntimeError, match="not finite"):
+        run_load(Load("d", 1, context=3), Counts(16, 9, "the model's logits are not finite"))
+
+
+def test_the_hosts_time_is_what_the_device_did_not_take() -> None:
+    found = Timed(step_s=4e-3, device_s=3.7e-3, tokens=64)
+    load = Load("decode 64 at 1.5k", 64, 1536)
+    good = engine_bench.outcome_of("Llama-3.1-8B", load, found, "NVIDIA H200")
+    assert good.host_ms == pytest.approx(0.3) and good.goals == (
+        "pass: 16000 tok/s, goal >= 7000", "pass: 0.30 ms of the host per step, goal <= 0.5",
+    )  # fmt: skip
+    slow = engine_bench.outcome_of("Llama-3.1-8B", load, Timed(10e-3, 5e-3, 64), "NVIDIA H200")
+    assert [goal[:4] for goal in slow.goals] == ["miss", "miss"]
+    other = engine_bench.outcome_of("Llama-3.1-8B", load, found, "NVIDIA L4")
+    assert len(other.goals) == 1, "tokens are for another chip"
+    unknown = engine_bench.outcome_of("Qwen3-0.6B", load, Timed(4e-3, None, 64), "NVIDIA H200")
+    assert unknown.goals == () and unknown.host_ms is None
+    assert engine_bench.table_lines("NVIDIA H200", [good, unknown])[4:] == [
+        "| Llama-3.1-8B | decode 64 at 1.5k | 16000 | 4.00 ms | 3.70 ms | 0.30 ms |",
+        "| Qwen3-0.6B | decode 64 at 1.5k | 16000 | 4.00 ms | ? | ? |", "",
+        "pass: 16000 tok/s, goal >= 7000 (Llama-3.1-8B, decode 64 at 1.5k)",
+        "pass: 0.30 ms of the host per step, goal <= 0.5 (Llama-3.1-8B, decode 64 at 1.5k)",
+    ]  # fmt: skip
+
+
+def test_the_shapes_are_those_of_their_names() -> None:
+    meta = {name: random_weights(config, torch.device("meta")) for name, config in MODELS.items()}
+    counts = {name: sum(tensor.numel() for tensor in weights.values()) for name, weights in meta.items()}
+    assert counts == {"Llama-3.1-8B": 8_030_261_248, "Qwen3-0.6B": 596_049_920}
+    assert all(len(config.windows) == config.layers for config in (*MODELS.values(), TINY))
+    names = [load.name for load in engine_bench.loads_of(argparse.Namespace(tiny=False))]
+    assert names == ["decode 1 at 1.5k", "decode 64 at 1.5k", "decode 64 at 1.5k, drawn", "prefill 2k"]
+    with pytest.raises(SystemExit):
+        engine_bench.parse_args(["--backend", "torch"])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_bench_of_the_engine_runs_with_torch_and_triton_alone(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    out = tmp_path / "out.json"
+    done = run_blocked("bench.gpu_engine", "--tiny", "--backend", backend, "--steps", "1", "--json", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["status"] for row in rows] == ["timed", "timed", "timed", "absent"], done.stdout

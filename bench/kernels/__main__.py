@@ -4,10 +4,10 @@
     python -m bench.kernels --check                         each kernel once on small inputs, against its reference
     python -m bench.kernels --interpret                     the same in Triton's interpreter, without a GPU
 
-Needs Python, torch and triton, and nothing else. The machine's own copy and bf16 product are measured first. Times are
-of the GPU alone: medians of repeats with cold caches. The last lines say which goals are met; those in TB/s and TFLOP/s
-are for an H200, the shares of a copy for any chip. Beside: the same work by torch, and by FlashInfer if installed, in
-the row's unit. `untuned`: no table has this chip and shape (see `baton tune`).
+Needs Python, torch, numpy and triton, and nothing else. The machine's own copy and bf16 product are measured first.
+Times are of the GPU alone: medians of repeats with cold caches. The last lines say which goals are met; those in TB/s
+and TFLOP/s are for an H200, the shares of a copy for any chip. Beside: the same work by torch, and by FlashInfer if it
+is installed, in the row's unit. `untuned`: no table has this chip and shape (see `baton tune`).
 
 Exit code: 0; 1 when a row failed; 2 without a GPU. A goal that is missed does not fail.
 """

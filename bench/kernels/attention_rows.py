@@ -5,6 +5,7 @@ Torch gets dense keys and values of its own, FlashInfer pages of its own layout:
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,8 +148,7 @@ def optional(make: Callable[[], Call]) -> dict[str, Call]:
 
 def flashinfer_decode(case: DecodeCase, q: torch.Tensor, device: torch.device) -> Call:
     """q [R, H, D], over pages [N, 2, K, P, D]."""
-    import flashinfer
-
+    flashinfer = importlib.import_module("flashinfer")
     of = case.of
     pool = replace(of, layers=1).pool(case.rows, case.context, device)
     pages = pool.frames[:, :, 0].transpose(1, 2).contiguous()
@@ -166,8 +166,7 @@ def flashinfer_decode(case: DecodeCase, q: torch.Tensor, device: torch.device) -
 
 def flashinfer_prefill(case: PrefillCase, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Call:
     """q [T, H, D], keys and values [K, S, D]."""
-    import flashinfer
-
+    flashinfer = importlib.import_module("flashinfer")
     scale = case.of.scale
     return lambda: flashinfer.single_prefill_with_kv_cache(
         q, keys, values, causal=True, kv_layout="HND", sm_scale=scale

@@ -11,6 +11,7 @@ import torch
 from bench.kernels.rows import Asked, Call, Machine, Outcome, Row, Work, judge, rate
 
 COPY_BYTES = 1 << 30
+NEEDED = ("numpy", "torch", "triton")  # without another library a row is absent, as without its kernel
 MATRIX = 8192  # rows and columns of the product
 
 
@@ -58,18 +59,15 @@ def measured(rows: Sequence[Row], asked: Asked, rates: Rates, tell: Callable[[Ou
 def _outcome(row: Row, asked: Asked, rates: Rates | None) -> Outcome:
     try:
         work = row.make(asked)
+        if rates is not None:
+            return _timed(row, work, rates)
+        work.check()
+        return Outcome(row.name, row.unit, "right", tuned=work.tuned)
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("kernels.gpu"):
+        if error.name in NEEDED:
             return Outcome(row.name, row.unit, "failed", _reason(error))
         return Outcome(row.name, row.unit, "absent", f"({error.name})")
     except Exception as error:  # noqa: BLE001  (compilers raise what they like; the row says it)
-        return Outcome(row.name, row.unit, "failed", _reason(error))
-    try:
-        if rates is None:
-            work.check()
-            return Outcome(row.name, row.unit, "right", tuned=work.tuned)
-        return _timed(row, work, rates)
-    except Exception as error:  # noqa: BLE001  (as above)
         return Outcome(row.name, row.unit, "failed", _reason(error))
 
 

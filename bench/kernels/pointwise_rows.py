@@ -22,6 +22,7 @@ def rows() -> list[Row]:
         Row("rope_write", "TB/s", rotate, COPY_GOAL),
         Row("gather segments", "TB/s", gathered, SEGMENT_GOAL),
         Row("scatter segments", "TB/s", scattered, SEGMENT_GOAL),
+        Row("digest of segments", "TB/s", digested),
         Row("sample greedy 64", "us", greedy, quick=False),
         Row("sample top-p 64", "us", drawn),
     ]
@@ -152,6 +153,22 @@ def scattered(asked: Asked) -> Work:
         lambda: scatter_segments(staging, frames, pages, 0, heads), check, bytes=2 * staging.nbytes,
         beside={"torch": lambda: frames.index_copy_(0, pages, staging)},
     )  # fmt: skip
+
+
+def digested(asked: Asked) -> Work:
+    from kernels.gpu.segment_digest import digest_constants, segment_digests, segment_digests_reference
+
+    frames, pages = segments(asked)
+    heads, constants = frames.shape[1], digest_constants(asked.device)
+    out = torch.empty((len(pages), heads, 8), dtype=torch.uint8, device=asked.device)
+
+    def run() -> torch.Tensor:
+        return segment_digests(frames, pages, 0, heads, constants, out)
+
+    def check() -> None:
+        same(run(), segment_digests_reference(frames, pages, 0, heads))
+
+    return Work(run, check, bytes=len(pages) * frames[0].nbytes)
 
 
 def greedy(asked: Asked) -> Work:

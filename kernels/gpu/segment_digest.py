@@ -23,7 +23,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-import xxhash
 
 from kernels.gpu.segments import as_words, dense_segment, word_offset
 
@@ -206,7 +205,9 @@ def _check(frames: torch.Tensor, pages: torch.Tensor, low: int, high: int, const
 
 
 def segment_digests_reference(frames: torch.Tensor, pages: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """By the library that the host digests with."""
+    """By the library that the host digests with: the kernels do without it."""
+    import xxhash
+
     bits = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[frames.element_size()]
     segments = frames.view(bits)[pages.long(), low:high].cpu().contiguous().flatten(2).numpy()
     digests = b"".join(xxhash.xxh3_64_digest(segment.tobytes()) for of_page in segments for segment in of_page)

@@ -1,0 +1,1 @@
+"""What the engine gives on a GPU, with random weights of known models' shapes."""
