@@ -19,6 +19,19 @@ from kernels.page_address import Int64Array
 from kernels.page_write import write_rows
 
 
+class FlatRows(NamedTuple):
+    """Rows of one token first, by context length; the rest follow as they came. Arrays are int64."""
+
+    rows: tuple[Row, ...]  # in that order
+    ids: Int64Array  # [T]
+    positions: Int64Array  # [T]
+    pages: Int64Array  # [T], where each token's keys go
+    slots: Int64Array  # [T]
+    wanted: tuple[int, ...]  # M token indices, in the order in which the rows came
+    embeddings: tuple[tuple[int, torch.Tensor], ...]  # (first token, [t, E]) in place of the ids' own
+    draws: tuple[Draw, ...]  # M of them
+
+
 class Step(NamedTuple):
     """Shapes in the letters of engine.batch; M is the number of logits rows that are wanted."""
 
@@ -31,25 +44,39 @@ class Step(NamedTuple):
     draws: tuple[Draw, ...]  # M of them
 
 
-def prepare(rows: Sequence[Row], frames: torch.Tensor, query_heads: int, windows: Sequence[int | None]) -> Step:
+def flatten(rows: Sequence[Row], page_size: int) -> FlatRows:
     order = sorted(range(len(rows)), key=lambda i: _place_in_batch(rows[i]))
-    ordered = [rows[i] for i in order]
+    ordered = tuple(rows[i] for i in order)
     counts = np.array([len(row.ids) for row in ordered], dtype=np.int64)
     firsts = counts.cumsum() - counts  # of each row, in the flat batch
     starts = np.array([row.start for row in ordered], dtype=np.int64)
     positions = np.arange(counts.sum()) + np.repeat(starts - firsts, counts)
-    spans = [Span(row.pages, row.start, len(row.ids)) for row in ordered]
-    plans = {window: plan_attention(spans, frames, query_heads, window) for window in {*windows}}
     first_of = dict(zip(order, firsts.tolist(), strict=True))
-    wanted = [first_of[i] + len(row.ids) - back for i, row in enumerate(rows) for back in _backs(row)]
-    return Step(
-        ids=torch.from_numpy(np.concatenate([_ids(row) for row in ordered])),
-        positions=torch.from_numpy(positions),
-        write_rows=write_rows(frames, *_places(ordered, frames.shape[4])),
-        plans=tuple(plans[window] for window in windows),
-        wanted=torch.tensor(wanted, dtype=torch.int64),
+    pages, slots = _places(ordered, page_size)
+    return FlatRows(
+        rows=ordered,
+        ids=np.concatenate([_ids(row) for row in ordered]),
+        positions=positions,
+        pages=pages,
+        slots=slots,
+        wanted=tuple(first_of[i] + len(row.ids) - back for i, row in enumerate(rows) for back in _backs(row)),
         embeddings=tuple((first_of[i], row.embeddings) for i, row in enumerate(rows) if row.embeddings is not None),
-        draws=tuple(draw for row in rows for draw in _draws(row)),
+        draws=tuple(draw for row in rows for draw in draws_of(row)),
+    )
+
+
+def prepare(rows: Sequence[Row], frames: torch.Tensor, query_heads: int, windows: Sequence[int | None]) -> Step:
+    flat = flatten(rows, frames.shape[4])
+    spans = [Span(row.pages, row.start, len(row.ids)) for row in flat.rows]
+    plans = {window: plan_attention(spans, frames, query_heads, window) for window in {*windows}}
+    return Step(
+        ids=torch.from_numpy(flat.ids),
+        positions=torch.from_numpy(flat.positions),
+        write_rows=write_rows(frames, flat.pages, flat.slots),
+        plans=tuple(plans[window] for window in windows),
+        wanted=torch.tensor(flat.wanted, dtype=torch.int64),
+        embeddings=flat.embeddings,
+        draws=flat.draws,
     )
 
 
@@ -84,8 +111,8 @@ def _backs(row: Row) -> range:
     return range(logits_rows(row), 0, -1)
 
 
-def _draws(row: Row) -> list[Draw]:
-    """With drafted ids in the row, each is judged by the history before it."""
+def draws_of(row: Row) -> list[Draw]:
+    """One per sampled position. With drafted ids in the row, each is judged by the history before it."""
     spec = row.sample
     if spec is None:
         return []

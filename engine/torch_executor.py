@@ -10,8 +10,9 @@ from core.errors import EngineError
 from core.layout import PageLayout
 from engine.batch import Batch, PageCopy, Row, RowResult
 from engine.model import Attend, Model, Rotary
+from engine.rows import by_row, row_fault
 from engine.sampler import sample_rows
-from engine.step import Step, logits_rows, prepare
+from engine.step import Step, prepare
 from kernels.page_write import page_write
 from kernels.paged_attention import GatherBuffer, paged_attention
 from kernels.rms_norm import rms_norm
@@ -40,7 +41,8 @@ class TorchExecutor:
     def execute(self, batch: Batch) -> list[RowResult]:
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        faults = [self._fault(row) for row in batch.rows]
+        assert all(min(row.pages) >= 0 and max(row.pages) < len(self._frames) for row in batch.rows), batch.rows
+        faults = [row_fault(row, self._model.config, self._frames.shape[4]) for row in batch.rows]
         sound = [row for row, fault in zip(batch.rows, faults, strict=True) if fault is None]
         try:
             with torch.inference_mode():
@@ -65,7 +67,7 @@ class TorchExecutor:
         hidden = model.forward(self._embed(step), step.positions, self._attention(step), step.wanted)  # [M, E]
         if not step.draws:
             return [RowResult() for _ in rows]
-        return _by_row(rows, sample_rows(model.logits(hidden), step.draws))
+        return by_row(rows, sample_rows(model.logits(hidden), step.draws))
 
     def _attention(self, step: Step) -> Attend:
         turned: dict[int, Angles] = {}  # by inv_freq: the layers of a model share one or two
@@ -88,37 +90,8 @@ class TorchExecutor:
             hidden[first : first + len(embeddings)] = embeddings
         return hidden
 
-    def _fault(self, row: Row) -> str | None:
-        """Why this row cannot be computed, though its neighbours can."""
-        config, end = self._model.config, row.start + len(row.ids)
-        assert row.verify_tokens <= len(row.ids), row
-        assert row.verify_tokens < 2 or row.sample is None or len(row.sample.choices) == 1, row
-        assert row.ids and row.start >= 0 and len(row.pages) * self._frames.shape[4] >= end, row
-        assert min(row.pages) >= 0 and max(row.pages) < len(self._frames), row
-        if end > config.max_positions:
-            return f"position {end - 1} is beyond the model's context of {config.max_positions} tokens"
-        if row.embeddings is not None:
-            wanted = (len(row.ids), config.hidden_size)
-            shape = tuple(row.embeddings.shape)
-            return None if shape == wanted else f"embeddings have the shape {shape}, not {wanted}"
-        if not (min(row.ids) >= 0 and max(row.ids) < config.vocab_size):
-            return f"a token id is outside the vocabulary of {config.vocab_size}"
-        return None
-
 
 def _rotated(q: torch.Tensor, k: torch.Tensor, rotary: Rotary, turned: Angles) -> tuple[torch.Tensor, torch.Tensor]:
     if rotary.q_norm is not None and rotary.k_norm is not None:
         q, k = rms_norm(q, rotary.q_norm, rotary.eps), rms_norm(k, rotary.k_norm, rotary.eps)
     return rope(q, turned), rope(k, turned)
-
-
-def _by_row(rows: Sequence[Row], results: Sequence[RowResult]) -> list[RowResult]:
-    """Several results of one row, one for each verified position, become one."""
-    merged, first = [], 0
-    for row in rows:
-        own = results[first : first + logits_rows(row)]
-        first += len(own)
-        error = next((result.error for result in own if result.error is not None), None)
-        sampled = () if error is not None else tuple(token for result in own for token in result.sampled)
-        merged.append(RowResult(sampled, error))
-    return merged

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from core.layout import PageLayout
 from core.sampling import SamplingParams
-from engine.batch import Batch, Row, RowResult, SampleSpec
+from engine.batch import Batch, Executor, Row, RowResult, SampleSpec
 from engine.memory import page_layout
 from engine.model import Attend, Model
 from engine.torch_executor import TorchExecutor
@@ -72,7 +72,15 @@ class Run:
 class Rig:
     """An executor over a pool that holds `tokens` tokens, every byte of it NaN."""
 
-    def __init__(self, model: Model, tokens: int = 4096, page_size: int = 16, threads: int = 1) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokens: int = 4096,
+        page_size: int = 16,
+        threads: int = 1,
+        build: Callable[[Model, torch.Tensor], Executor] | None = None,
+    ) -> None:
+        """`build` makes another executor than the reference, over the pool's frames."""
         self.model = Recording(model)
         self.layout: PageLayout = page_layout(model.config, page_size, str(model.dtype).removeprefix("torch."))
         pages = 1 + tokens // page_size
@@ -81,7 +89,11 @@ class Rig:
         self.frames.fill_(float("nan"))
         shape = (model.config.kv_heads, model.config.layers, 2, page_size, model.config.head_dim)
         self.frames = self.frames.view(pages, *shape)
-        self.executor = TorchExecutor(self.model, self.layout, memoryview(self.memory), threads)
+        self.executor: Executor = (
+            TorchExecutor(self.model, self.layout, memoryview(self.memory), threads)
+            if build is None
+            else build(model, self.frames)
+        )
         generator = torch.Generator().manual_seed(3)
         self.free = (torch.randperm(pages - 1, generator=generator) + 1).tolist()
 

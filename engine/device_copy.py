@@ -1,0 +1,34 @@
+"""Small copies between the host and a device that the host does not wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Through pinned memory: torch keeps it until the copy has run, and reuses it."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a device tensor on its way to the host; `take` waits for it, and for nothing that was queued later."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._copy = tensor
+        if tensor.device.type == "cuda":
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def take(self) -> torch.Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy
