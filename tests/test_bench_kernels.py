@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -253,3 +254,35 @@ def test_the_bench_of_the_engine_runs_with_torch_and_triton_alone(backend: str, 
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [row["status"] for row in rows] == ["timed", "timed", "timed", "absent"], done.stdout
+
+
+def run_script(tmp_path: Path, **failing: int) -> tuple[int, list[str]]:
+    """bench/h200.sh with a Python that only notes what it is asked: the exit code, and the modules in their order."""
+    stub = tmp_path / "python"
+    codes = "".join(f"*{word}*) exit {code};; " for word, code in failing.items())
+    stub.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/asked\ncase "$*" in {codes}esac\n')
+    stub.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out")}
+    done = subprocess.run([ROOT / "bench" / "h200.sh"], env=env, capture_output=True, timeout=60, check=False)
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    return done.returncode, [words[1] + " " + words[2] for words in asked if words[0] == "-m"]
+
+
+def test_the_script_checks_first_and_goes_on_behind_what_fails(tmp_path: Path) -> None:
+    tests = ["pytest -q"] * len(list((ROOT / "tests" / "kernels_gpu").glob("test_*.py")))
+    order = ["bench.kernels --check", *tests, "bench.kernels --quick", "bench.gpu_engine --quick"]
+    assert run_script(tmp_path) == (0, order)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.txt")) == [
+        "check.txt", "engine.txt", "kernels.txt", "tests.txt",
+    ]  # fmt: skip
+    (tmp_path / "asked").unlink()
+    assert run_script(tmp_path, check=3) == (1, order)
+
+
+def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
+    assert run_script(tmp_path, is_available=1) == (1, [])
+
+
+def test_the_parts_of_the_script_end_within_nine_minutes() -> None:
+    limits = re.findall(r"^ *part \w+ (\d+) ", (ROOT / "bench" / "h200.sh").read_text(), re.MULTILINE)
+    assert len(limits) == 4 and sum(int(limit) + 5 for limit in limits) <= 535, "each has 5 s to end when it is told to"
