@@ -49,6 +49,8 @@ def ask(cluster: Cluster, number: int = 0) -> None:
 def test_the_right_alert_reaches_the_webhook_and_no_other(cluster: Cluster, redis: RedisServer, tmp_path: Path) -> None:
     with monitoring(tmp_path, f"127.0.0.1:{cluster.port}") as watch:
         wait_until("a scrape", lambda: bool(watch.query("baton:worker_info")))
+        wait_until("what was absent before it is forgotten", lambda: not watch.active())
+        watch.receiver.alerts.clear()
         _stays_quiet(cluster, watch)
         redis.stop()
         wait_until("the registry's alert", lambda: "BatonRegistryDown" in watch.receiver.names())
