@@ -219,7 +219,7 @@ def installed() -> dict[str, str]:
 
 
 def default_file(chip: str) -> Path:
-    """In the user's cache folder; what serving reads besides the shipped table."""
+    """In the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "baton" / "tuned" / tuning.file_name(chip)
 
