@@ -65,6 +65,19 @@ def test_heads_of_a_fused_projection_are_normed_where_they_lie(case: dict[str, A
     assert bool(fused[:, heads:].isnan().all())
 
 
+def test_rows_that_share_programs_end_where_they_end(device: torch.device) -> None:
+    rows = 2 * 132 * 3 - 1
+    around = torch.full((3, rows + 4, 8), 7.0, device=device)
+    x, residual, out = around[:, :rows]
+    x.normal_()
+    residual.normal_()
+    expected, total = add_rms_norm_reference(x, residual, x[0], EPS)
+    add_rms_norm(x, residual, x[0].clone(), EPS, out)
+    near(out, expected)
+    near(residual, total)
+    assert bool((around[:, rows:] == 7.0).all())
+
+
 @pytest.mark.parametrize("width", [5120, MAX_WIDTH])
 def test_wide_rows(width: int, device: torch.device) -> None:
     x, weight = torch.randn(2, width, device=device), torch.randn(width, device=device)

@@ -85,7 +85,7 @@ def test_enough_segments_for_large_blocks(device: torch.device) -> None:
 def test_offsets_beyond_31_bits(device: torch.device) -> None:
     apart = 2**28
     memory = torch.empty(8 * apart + 4096, dtype=torch.int8, device=device)  # touched here and there only
-    frames = memory.as_strided((9, 1, 2, 2, 16, 64), (apart, 0, 2048, 1024, 64, 1))
+    frames = memory.as_strided((9, 1, 2, 2, 16, 63), (apart, 0, 2048, 1024, 64, 1))  # 63: single bytes are the words
     frames[0], frames[8] = 1, 2
     staging = gather_segments(frames, torch.tensor([8, 0], device=device), 0, 1)
     assert bool((staging[0] == 2).all()) and bool((staging[1] == 1).all())
