@@ -6,6 +6,9 @@ The pool is sized before any weight is read, so that too little memory is said a
     kv_bytes given   as many as fit
     neither          eight of the longest contexts, but at most a quarter of what is free beside the weights,
                      and at least one context
+
+On a GPU nobody else needs the memory: there the model is loaded first, its largest step is run and measured, and what
+is left is the pool's.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.available_memory import available_bytes
+from baton.backends import ON_CPU, Backend
 from baton.model_facts import context_tokens
 from core.clock import Clock
 from core.errors import ConfigError, TooLittleMemory
@@ -59,6 +63,7 @@ class LoadedModel:
     end_ids: tuple[int, ...]
     vocabulary: int
     max_context_tokens: int
+    backend: Backend = ON_CPU
 
     @property
     def pool_bytes(self) -> int:
@@ -74,22 +79,43 @@ def load(
     wish: PoolWish,
     progress: Progress | None = None,
     available: Callable[[], int] = available_bytes,
+    backend: Backend = ON_CPU,
+    step: tuple[int, int] = (512, 256),
 ) -> LoadedModel:
-    """Raises CheckpointError, ConfigError and TooLittleMemory. `progress` is told of bytes loaded, of how many."""
+    """Raises CheckpointError, ConfigError and TooLittleMemory. `progress` is told of bytes loaded, of how many.
+
+    `step`: the most tokens of a prefill step, the most rows of a decode step: what is measured on a GPU.
+    """
     config = read_config(checkpoint)
     context = context_tokens(config.max_positions, wish.max_context_tokens)
     type_name = str(target_dtype(config, dtype)).removeprefix("torch.")
     layout = page_layout(config, wish.page_size, type_name)
-    pages = _pages(config, layout, context, wish, available)
+    measured = backend.on_gpu and not (wish.pages or wish.kv_bytes)
+    pages = 0 if measured else _pages(config, layout, context, wish, available)
+    model = load_model(checkpoint, dtype, progress, backend.device, backend.ops())
     return LoadedModel(
-        model=load_model(checkpoint, dtype, progress),
+        model=model,
         layout=layout,
-        pages=pages,
+        pages=_pages_on_device(model, layout, context, backend.device, step) if measured else pages,
         identity=identity(checkpoint),
         end_ids=config.eos_ids,
         vocabulary=config.vocab_size,
         max_context_tokens=context,
+        backend=backend,
     )
+
+
+def _pages_on_device(model: Model, layout: PageLayout, context: int, device: str, step: tuple[int, int]) -> int:
+    """Raises TooLittleMemory and EngineError."""
+    import torch
+
+    from engine.device_pool import LargestStep, pages_beside, step_bytes
+
+    where = torch.device(device)
+    taken_bytes = step_bytes(model, layout, LargestStep(*step), where)
+    torch.cuda.empty_cache()
+    free_bytes, _ = torch.cuda.mem_get_info(where)
+    return pages_beside(free_bytes, taken_bytes, layout, context)
 
 
 def _pages(config: ModelConfig, layout: PageLayout, context: int, wish: PoolWish, available: Callable[[], int]) -> int:

@@ -13,7 +13,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from baton.backends import backend_of
 from baton.composition import Limits, Machine, Model, Worker
+from baton.executors import executor_for, frames_for
 from baton.loaded_model import LoadedModel, PoolWish, load
 from baton.loading import LoadingBar
 from baton.local_generator import LocalGenerator
@@ -21,8 +23,6 @@ from baton.reports import Report
 from core.clock import monotonic_s
 from core.messages import Role, WorkerId, WorkerInfo
 from engine.batch import Batch, RowResult
-from engine.torch_executor import TorchExecutor
-from kvtransfer.frames import Frames
 from kvtransfer.memory import MemoryFabric, MemoryTransport
 
 NAME = "local"
@@ -36,15 +36,23 @@ class EngineWish:
     pool: PoolWish = field(default_factory=PoolWish)
     threads: int = 0
     step_tokens: int = 512
+    backend: str = "auto"
+    device: str = "auto"
 
 
 def load_with_bar(checkpoint: Path, wish: EngineWish, show: bool) -> LoadedModel:
     """Raises CheckpointError, ConfigError and TooLittleMemory."""
+    backend = backend_of(wish.backend, wish.device, hands_off=False)
+    step = (wish.step_tokens, Limits().max_rows)
     if not show:
-        return load(checkpoint, wish.dtype, wish.pool)
+        return load(checkpoint, wish.dtype, wish.pool, backend=backend, step=step)
     bar = LoadingBar(1)
+
+    def shown(done: int, total: int) -> None:
+        bar.report(NAME, _loading(done, total))
+
     try:
-        return load(checkpoint, wish.dtype, wish.pool, lambda done, total: bar.report(NAME, _loading(done, total)))
+        return load(checkpoint, wish.dtype, wish.pool, shown, backend=backend, step=step)
     finally:
         bar.close()
 
@@ -79,7 +87,7 @@ class LocalEngine:
 
     def _worker(self, compute: ThreadPoolExecutor) -> Worker:
         loaded = self._loaded
-        frames = Frames.anonymous(loaded.layout, loaded.pages)
+        frames = frames_for(loaded, shared=False)
         info = WorkerInfo(
             worker=WorkerId(NAME, 1),
             role=Role.AGGREGATED,
@@ -92,8 +100,9 @@ class LocalEngine:
         )
         model = Model(loaded.identity, loaded.vocabulary, loaded.max_context_tokens, loaded.end_ids)
         threads = self._wish.threads or len(os.sched_getaffinity(0))
+        limits = Limits(step_tokens=self._wish.step_tokens)
         machine = Machine(
-            executor=TorchExecutor(loaded.model, loaded.layout, frames.buffer, threads),
+            executor=executor_for(loaded, frames, threads, limits.max_rows),
             frames=frames,
             transport=MemoryTransport(info.worker, MemoryFabric(Random(0))),  # an aggregated worker hands nothing off
             clock=monotonic_s,
@@ -101,7 +110,7 @@ class LocalEngine:
             run_blocking=partial(_compute, compute),
             offload=partial(_offload, compute),
         )
-        return Worker(info, model, Limits(step_tokens=self._wish.step_tokens), machine, NAME)
+        return Worker(info, model, limits, machine, NAME)
 
 
 async def _compute(

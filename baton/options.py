@@ -43,6 +43,12 @@ class WorkerOptions:
         help="of pages that move: xxh3-64 against accidents; blake3, with a key, against a hostile network",
         choices=("xxh3-64", "blake3"),
     )
+    backend: str = option(
+        "auto",
+        help="what computes: torch on the CPU, triton on a GPU; auto: triton where a GPU is and nothing is handed off",
+        choices=("auto", "torch", "triton"),
+    )
+    device: str = option("auto", help="where it computes", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", help="type of weights and KV", choices=("auto", "float32", "bfloat16", "float16"))
     page_size: int = option(16, help="tokens per page, a multiple of 16")
     pages: int = option(0, help="pages of the pool; 0: as kv-bytes allows")

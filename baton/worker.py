@@ -24,9 +24,11 @@ import setproctitle
 import uvloop
 
 from baton import lifeline
+from baton.backends import backend_of
 from baton.composition import Limits, Machine, Model, Worker
 from baton.credentials import digest_of, keys_of, tickets_of, tls_of
 from baton.drain import Drain
+from baton.executors import executor_for, frames_for
 from baton.k8s.place import labels_from_node, merged
 from baton.loaded_model import LoadedModel, PoolWish, load
 from baton.logs import set_up_logs
@@ -45,7 +47,7 @@ from core.messages import Role, WorkerId, WorkerInfo
 from core.registry.records import WorkerState
 from core.security.channels import Channels
 from core.telemetry.drain_metrics import CUT_SHORT
-from engine.torch_executor import TorchExecutor
+from engine.batch import Executor
 from kvtransfer.frames import Frames
 from kvtransfer.paths import Paths
 
@@ -116,11 +118,11 @@ class WorkerProcess:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             os._exit(0)  # told to stop while it loads: nothing is held yet, and a read cannot be interrupted
-        loaded, frames = loading.result()
+        loaded, frames, executor = loading.result()
         await paths.serve(frames, self._digest.of)
         listener = Listener(self._options.listen, self._tls)
         address = reached_at(self._options.advertise, listener.address)
-        worker = self._compose(loaded, frames, paths, address)
+        worker = self._compose(loaded, frames, executor, paths, address)
         membership = self._membership(worker.info, address)
         try:
             return await self._run(worker, WorkerServer(worker, paths, listener, self._channels), membership)
@@ -131,7 +133,7 @@ class WorkerProcess:
             self._compute.shutdown()
             stop.cancel()
 
-    def _load(self) -> tuple[LoadedModel, Frames]:
+    def _load(self) -> tuple[LoadedModel, Frames, Executor]:
         """On the compute thread: torch's own threads are made by it, with its priority."""
         o = self._options
         wish = PoolWish(o.page_size, o.pages, o.kv_bytes, o.max_context)
@@ -141,18 +143,20 @@ class WorkerProcess:
             weights[:] = done, total
             self._report(Report("loading", done, total))
 
-        loaded = load(Path(o.model), o.dtype, wish, weights_loaded)
+        backend = backend_of(o.backend, o.device, o.role != Role.AGGREGATED.value)
+        step = (o.step_tokens, o.max_rows)
+        loaded = load(Path(o.model), o.dtype, wish, weights_loaded, backend=backend, step=step)
 
         def pool_faulted_in(done: int, total: int) -> None:
             self._report(Report("loading", weights[1] + done, weights[1] + total))
 
-        return loaded, Frames.shared(loaded.layout, loaded.pages, pool_faulted_in)
+        frames = frames_for(loaded, True, pool_faulted_in)
+        return loaded, frames, executor_for(loaded, frames, o.threads or len(os.sched_getaffinity(0)), o.max_rows)
 
-    def _compose(self, loaded: LoadedModel, frames: Frames, paths: Paths, endpoint: str) -> Worker:
+    def _compose(self, loaded: LoadedModel, frames: Frames, executor: Executor, paths: Paths, endpoint: str) -> Worker:
         o = self._options
-        threads = o.threads or len(os.sched_getaffinity(0))
         machine = Machine(
-            executor=TorchExecutor(loaded.model, loaded.layout, frames.buffer, threads),
+            executor=executor,
             frames=frames,
             transport=paths,
             clock=monotonic_s,

@@ -28,6 +28,7 @@ EPOCH_BYTES = 8
 PROOF_FRAMES = 2  # the pattern, then the landing
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python names it from 3.13 on
+MAP_NORESERVE = 0x4000  # linux/mman.h; Python names it from 3.13 on
 MADV_POPULATE_WRITE = 23  # linux/mman.h, Linux 5.14
 FAULT_STEP_BYTES = 64 << 20
 
@@ -97,6 +98,15 @@ class Frames:
             os.close(fd)
             raise
         return cls(layout, pages, memory, fd)
+
+    @classmethod
+    def on_device(cls, layout: PageLayout, pages: int) -> Frames:
+        """The bookkeeping of a pool whose pages lie in a device's memory: epochs, and the two frames of proofs.
+
+        `buffer` is address space that nobody touches, so it takes no memory; nothing can be fetched from it or into it.
+        """
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        return cls(layout, pages, mmap.mmap(-1, memory_bytes(pages, layout.page_bytes), flags=flags), None)
 
     @property
     def pattern(self) -> int:

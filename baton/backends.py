@@ -1,0 +1,66 @@
+"""What computes a worker's model: plain torch on the CPU, or the Triton kernels on a GPU.
+
+`auto` takes Triton where there is a GPU and the worker hands nothing off: pages in a GPU's memory have no transport
+yet. Without a GPU the kernels run in Triton's interpreter only, thousands of times slower: a check, never a service.
+A process sees one GPU: which one is for CUDA_VISIBLE_DEVICES to say.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from core.errors import ConfigError
+from engine.ops import PLAIN, Ops
+
+INTERPRETER = "TRITON_INTERPRET"  # Triton's own variable
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    name: str = "torch"
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    def ops(self) -> Ops:
+        """The decoder's operations. Imports triton when they are Triton's."""
+        if self.name == "torch":
+            return PLAIN
+        from engine.triton_ops import triton_ops
+
+        return triton_ops()
+
+
+ON_CPU = Backend()
+
+
+def backend_of(name: str, device: str, hands_off: bool) -> Backend:
+    """From --backend (auto, torch, triton) and --device (auto, cpu, cuda). Raises ConfigError, naming the flag."""
+    gpu = torch.cuda.is_available()
+    if name == "auto":
+        wanted = device == "cuda" or (device == "auto" and gpu and not hands_off)
+        name = "triton" if wanted and find_spec("triton") else "torch"
+    if device == "auto":
+        device = "cuda" if gpu and name == "triton" else "cpu"
+    if device == "cuda" and not gpu:
+        raise ConfigError("--device cuda: torch finds no GPU here")
+    if name == "torch" and device != "cpu":
+        raise ConfigError("--backend torch runs on the CPU alone: on a GPU the backend is triton, from baton[gpu]")
+    if name == "triton":
+        _check_triton(device, hands_off)
+    return Backend(name, device)
+
+
+def _check_triton(device: str, hands_off: bool) -> None:
+    if not find_spec("triton"):
+        raise ConfigError("--backend triton: triton is not installed; baton[gpu] brings it")
+    if device == "cpu" and os.environ.get(INTERPRETER) != "1":
+        raise ConfigError(f"--backend triton needs a GPU; without one only Triton's interpreter ({INTERPRETER}=1)")
+    if device != "cpu" and hands_off:
+        raise ConfigError("--backend triton: pages in a GPU's memory cannot be handed off yet: only role aggregated")

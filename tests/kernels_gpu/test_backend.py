@@ -1,0 +1,109 @@
+"""How a process comes by backend `triton`: options, the pool's size and place, and an engine that runs on it."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from baton import backends
+from baton.backends import Backend, backend_of
+from baton.loaded_model import PoolWish
+from baton.local_engine import EngineWish, LocalEngine, load_with_bar
+from core.clock import monotonic_s
+from core.errors import ConfigError, TooLittleMemory
+from core.layout import PageLayout
+from core.sampling import SamplingParams
+from engine.device_pool import LargestStep, frames_over, largest_batches, pages_beside, pool_on_device, step_bytes
+from engine.triton_ops import triton_ops
+from engine.weights import load_model
+from kvtransfer.frames import PROOF_FRAMES, Frames
+from router.generation import GenerationRequest
+from tests.run_rows import prompt
+from tests.tiny_models import MAX_POSITIONS, VOCABULARY, save_tiny
+
+LAYOUT = PageLayout(2, 3, 16, 8, "float32")
+
+
+@pytest.fixture(params=[False, True], ids=["no GPU", "GPU"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param)
+    monkeypatch.setenv(backends.INTERPRETER, "0")
+    return bool(request.param)
+
+
+def test_auto_takes_triton_where_a_gpu_is_and_nothing_is_handed_off(gpu: bool) -> None:
+    assert backend_of("auto", "auto", hands_off=False) == (Backend("triton", "cuda") if gpu else Backend())
+    assert backend_of("auto", "auto", hands_off=True) == Backend("torch", "cpu")
+    assert backend_of("auto", "cpu", hands_off=False) == Backend("torch", "cpu")
+    assert backend_of("torch", "auto", hands_off=False) == Backend("torch", "cpu")
+
+
+def test_what_cannot_be_is_refused_by_its_flag(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="--backend torch" if gpu else "--device cuda"):
+        backend_of("torch", "cuda", hands_off=False)
+    with pytest.raises(ConfigError, match="handed off" if gpu else "needs a GPU"):
+        backend_of("triton", "auto", hands_off=True)
+    monkeypatch.setenv(backends.INTERPRETER, "1")
+    assert backend_of("triton", "cpu", hands_off=True) == Backend("triton", "cpu")
+    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    with pytest.raises(ConfigError, match="not installed"):
+        backend_of("triton", "cpu", hands_off=False)
+
+
+def test_a_pool_on_a_device_is_one_block(device: torch.device) -> None:
+    pool = pool_on_device(LAYOUT, 5, device)
+    assert pool.shape == (5, 2, 3, 2, 16, 8) and pool.is_contiguous() and not pool.any()
+    assert pool.untyped_storage().nbytes() == 5 * LAYOUT.page_bytes
+    memory = bytearray(3 * LAYOUT.page_bytes)
+    frames_over(memoryview(memory), LAYOUT)[1] = 1.0
+    assert not any(memory[: LAYOUT.page_bytes]) and any(memory[LAYOUT.page_bytes :])
+
+
+def test_frames_of_a_pool_on_a_device_keep_the_books_alone() -> None:
+    """A hundred times what this machine may have: address space that nobody touches."""
+    layout = PageLayout(8, 32, 16, 128, "bfloat16")
+    frames = Frames.on_device(layout, 100_000)
+    assert len(frames.everything) == (100_000 + PROOF_FRAMES) * layout.page_bytes
+    frames.epochs[99_999] = 7
+    assert frames.epoch(99_999) == 7 and frames.epoch(frames.pattern) == 0
+    frames.close()
+
+
+def test_the_largest_step_runs_over_two_pages(tmp_path: Path, device: torch.device) -> None:
+    model = load_model(save_tiny("llama3", tmp_path), device=str(device), ops=triton_ops())
+    config = model.config
+    layout = PageLayout(config.kv_heads, config.layers, 16, config.head_dim, "float32")
+    step = LargestStep(tokens=40, rows=2)
+    assert (step_bytes(model, layout, step, device) > 0) == (device.type == "cuda")
+    long = largest_batches(LargestStep(MAX_POSITIONS + 5, 3), config, 16)
+    assert [len(row.ids) for row in long[0].rows] == [MAX_POSITIONS, 5] and len(long[1].rows) == 3
+
+
+def test_the_pool_takes_what_the_step_leaves() -> None:
+    assert pages_beside(1000 * LAYOUT.page_bytes, 60 * LAYOUT.page_bytes, LAYOUT, 64) == 900
+    with pytest.raises(TooLittleMemory, match="smaller steps"):
+        pages_beside(1000 * LAYOUT.page_bytes, 958 * LAYOUT.page_bytes, LAYOUT, 64)
+
+
+def generated(folder: Path, backend: str, device: str) -> list[int]:
+    wish = EngineWish("float32", PoolWish(pages=70), 1, 64, backend, device)
+    loaded = load_with_bar(folder, wish, show=False)
+    assert loaded.backend == Backend(backend, device)
+    params = SamplingParams(max_tokens=4, temperature=0.8, top_k=40, seed=3, ignore_eos=True)
+    request = GenerationRequest("a" * 32, tuple(prompt(20, VOCABULARY)), params, deadline_s=monotonic_s() + 600)
+
+    async def run() -> list[int]:
+        async with LocalEngine(loaded, wish) as generator:
+            return [token.token_id async for step in generator.generate(request) for token in step.tokens]
+
+    return asyncio.run(run())
+
+
+def test_an_engine_on_the_backend_gives_the_reference_tokens(tmp_path: Path, device: torch.device) -> None:
+    folder = save_tiny("llama3", tmp_path)
+    expected = generated(folder, "torch", "cpu")
+    assert len(expected) == 4 and generated(folder, "triton", device.type) == expected
