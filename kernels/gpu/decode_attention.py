@@ -59,6 +59,7 @@ PROGRAMS_PER_SM = 2  # at least, in the grid of the first kernel
 LEAST_SPLIT_TOKENS = 256  # below it, a split's fixed costs outweigh what it saves
 LONGEST_SPLIT_TOKENS = 16384  # a full grid still cuts rows longer than this, or one row would outlast all others
 TILE_BYTES = 32768  # of keys and values together: three stages of it leave room for two programs on a multiprocessor
+VECTOR_BYTES = 16  # the widest access of a thread
 COMBINE_BLOCK = 16  # parts that the second kernel reads at a time
 QUANTISED_TYPES = (torch.float8_e4m3fn, torch.int8)
 QUERY_TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -193,6 +194,7 @@ def decode_attention(
     if kv_scales is not None:
         of_layer = of_layer.view(torch.int16)  # [N, K, 2, P, D / 2] words
     scales = None if kv_scales is None else kv_scales[:, :, layer]  # [N, K, 2, P]
+    aligned = math.gcd(VECTOR_BYTES // of_layer.element_size(), *of_layer.stride()[:4])
     split = plan.splits > 1
     rounded = _rounded_type(q.dtype, scales is not None)
     mixed = torch.empty((*parts, head_dim) if split else 1, dtype=torch.float32, device=q.device)
@@ -208,12 +210,12 @@ def decode_attention(
     _attend_part[(kv_heads, rows, plan.splits)](
         q, of_layer, pages, lengths, scales, out, mixed, weights,
         q.stride(0), q.stride(1), q.stride(2),
-        of_layer.stride(0), of_layer.stride(1), of_layer.stride(2), of_layer.stride(3),
+        *(stride // aligned for stride in of_layer.stride()[:4]),
         pages.stride(0),
         *((0, 0, 0, 0) if scales is None else scales.stride()),
         out.stride(0), out.stride(1), out.stride(2),
         scale * LOG2_E, window or 0, plan.splits, plan.least_tiles,
-        PAGE_SIZE=page_size, BLOCK_ROWS=max(16, triton.next_power_of_2(query_rows)),
+        ALIGNED=aligned, PAGE_SIZE=page_size, BLOCK_ROWS=max(16, triton.next_power_of_2(query_rows)),
         QUANTISED=scales is not None, INTEGER=frames.dtype == torch.int8, SPLIT=split,
         ROUNDED=rounded, PRODUCT=tl.float32 if rounded == tl.bfloat16 and knobs.runtime.interpret else rounded,
         ASSEMBLY=config.assembly and _has_conversion(q.device),
@@ -320,7 +322,7 @@ def _widen(words, INTEGER: tl.constexpr, PRODUCT: tl.constexpr, ASSEMBLY: tl.con
     return low.to(PRODUCT), high.to(PRODUCT)
 
 
-@triton.jit(do_not_specialize=["window", "splits", "least_tiles"])
+@triton.jit(do_not_specialize=["table_row", "window", "splits", "least_tiles"])
 def _attend_part(
     q, frames, pages, lengths, kv_scales, out, mixed, weights,
     q_row, q_token, q_head,
@@ -329,14 +331,15 @@ def _attend_part(
     scale_page, scale_head, scale_part, scale_slot,
     out_row, out_token, out_head,
     score_scale, window, splits, least_tiles,
-    TOKENS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     WINDOWED: tl.constexpr, QUANTISED: tl.constexpr, INTEGER: tl.constexpr, SPLIT: tl.constexpr,
     ROUNDED: tl.constexpr, PRODUCT: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Queries of one row and head against one part of the row's keys; q's rows are token-major: m * SHARE + g.
 
-    An element that is loaded is a word: a dimension, or two where quantised.
+    An element that is loaded is a word: a dimension, or two where quantised. Strides of frames count ALIGNED words,
+    which is how the compiler learns that it may copy as many at once.
     """
     PER_WORD: tl.constexpr = 2 if QUANTISED else 1
     head = tl.program_id(0)
@@ -372,7 +375,7 @@ def _attend_part(
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)  # running maximum of the scores, as powers of two
     sums = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)  # added up at the end: warps need not meet for it in the loop
     table = pages + row * table_row
-    keys = frames + head.to(tl.int64) * frame_head
+    keys = frames + head.to(tl.int64) * frame_head * ALIGNED
     begin = (first + part * share) * BLOCK_KEYS
     end = tl.minimum((first + (part + 1) * share) * BLOCK_KEYS, length)
     key = begin + tl.arange(0, BLOCK_KEYS)
@@ -383,7 +386,7 @@ def _attend_part(
         if WINDOWED:
             held = held & (key >= lowest)
         slot = key.to(tl.uint32) % PAGE_SIZE
-        at = page.to(tl.int64) * frame_page + slot * frame_slot
+        at = (page.to(tl.int64) * frame_page + slot * frame_slot) * ALIGNED
         loaded = held[:, None] & whole[None, :]
         tile = tl.load(keys + at[:, None] + word[None, :], mask=loaded, other=0)
         if QUANTISED:
@@ -412,7 +415,7 @@ def _attend_part(
         sums = sums * shrink + probabilities
         top = above
 
-        tile = tl.load(keys + frame_part + at[:, None] + word[None, :], mask=loaded, other=0)
+        tile = tl.load(keys + frame_part * ALIGNED + at[:, None] + word[None, :], mask=loaded, other=0)
         if QUANTISED:
             probabilities = (probabilities * value_scale[None, :]).to(PRODUCT)
             low_tile, high_tile = _widen(tile, INTEGER, PRODUCT, ASSEMBLY)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kernels.gpu.decode_attention import (
+    E4M3_PAIRS,
+    INT8_PAIRS,
     LONGEST_SPLIT_TOKENS,
     MAX_SPLITS,
     DecodeConfig,
@@ -110,7 +117,7 @@ def check(made: Batch, **options: Any) -> torch.Tensor:
 
 CASES = pairwise(
     {
-        "lengths": [[1, 40], [16, 0, 17, 15], [64, 65], [33, 130]],
+        "lengths": [[1, 40], [16, 0, 17, 15], [64, 65], [33, 100]],
         "tokens": [1, 2, 5, 8],
         "share": [1, 2, 3, 4, 8, 16],
         "kv_heads": [1, 2],
@@ -127,7 +134,7 @@ CASES = pairwise(
         ],
         "window": [None, None, 1, 20],
         "splits": [None, 1, 2, 5],
-        "block_keys": [16, 32, 64],
+        "block_keys": [32, 64, 128],
         "padding": [0, 8],
     }
 )
@@ -305,3 +312,94 @@ def test_wrong_inputs_are_refused(change: dict[str, Any]) -> None:
     fields = {name: change.get(name, getattr(made, name)) for name in Batch.__slots__}
     with pytest.raises(AssertionError):
         Batch(**fields).attend()
+
+
+def run_ptx(program: str, words: np.ndarray[Any, np.dtype[np.uint32]]) -> dict[str, Any]:
+    """The few instructions that widen two words at a time, each on all of `words`; a register of pairs is [n, 2]."""
+    pairs: dict[str, Any] = {"$2": words, "0": np.zeros_like(words)}
+    for line in program.replace(";", "").split("\n"):
+        name, _, rest = line.strip().partition(" ")
+        into, *given = [part.strip() for part in rest.split(",")]
+        if name == "mov.b32" and into.startswith("{"):
+            source = pairs[given[-1]]
+            pairs[into[1:]], pairs[given[0][:-1]] = source & 0xFFFF, source >> 16
+        elif name == "mov.b32":
+            pairs[into] = np.full_like(words, int(given[0], 16))
+        elif name == "xor.b32":
+            pairs[into] = pairs[given[0]] ^ np.uint32(int(given[1], 16))
+        elif name == "prmt.b32":
+            second = pairs[given[1]] if given[1] in pairs else np.full_like(words, int(given[1], 16))
+            source = np.stack([pairs[given[0]], second], axis=1).view(np.uint8)  # bytes 0 to 3, then 4 to 7
+            chosen = [int(given[2], 16) >> 4 * i & 7 for i in range(4)]
+            pairs[into] = np.ascontiguousarray(source[:, chosen]).view(np.uint32)[:, 0]
+        elif name == "sub.f16x2":
+            one, other = (pairs[name].view(np.float16).reshape(-1, 2) for name in given)
+            pairs[into] = one - other
+        elif name == "cvt.rn.f16x2.e4m3x2":
+            low = torch.from_numpy(pairs[given[0]].astype(np.uint16).view(np.uint8)).view(torch.float8_e4m3fn)
+            pairs[into] = low.to(torch.float16).view(-1, 2).numpy()
+        else:
+            assert line.strip() in ("", "{", "}") or name == ".reg", line
+    return pairs
+
+
+@pytest.mark.parametrize("stored", QUANTISED, ids=str)
+def test_the_assembly_widens_every_byte(stored: torch.dtype) -> None:
+    """No interpreter runs it; here its instructions run one by one, on every byte in each of the four places."""
+    one = np.arange(256, dtype=np.uint8)
+    elements = np.stack([one, np.roll(one, 1), np.roll(one, 77), one[::-1]], axis=1)  # a0 a1 b0 b1
+    words = np.ascontiguousarray(elements).view(np.uint32)[:, 0]
+    made = run_ptx((INT8_PAIRS if stored == torch.int8 else E4M3_PAIRS).value, words)
+    wide = torch.from_numpy(elements.copy()).view(stored).to(torch.float16).numpy()
+    np.testing.assert_array_equal(made["$0"], wide[:, [0, 2]])
+    np.testing.assert_array_equal(made["$1"], wide[:, [1, 3]])
+
+
+COMPILE = """
+import torch
+from tests.kernels_gpu.hopper import compile_only
+made = compile_only()
+import kernels.gpu.decode_attention as decode
+decode._has_conversion = lambda device: True
+
+def step(stored, tokens=1, share=4, head_dim=128, rows=64, window=None):
+    frames = torch.empty(4, 2, 2, 2, 16, head_dim, dtype=stored)
+    scales = torch.empty(frames.shape[:5]) if stored.itemsize == 1 else None
+    q = torch.empty(rows, tokens, 2 * share, head_dim, dtype=torch.bfloat16)
+    pages, lengths = torch.empty(rows, 256, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
+    decode.decode_attention(q, frames, 1, pages, lengths, 0.1, window, scales, sm_count=132)
+    kernel = made[-1] if made[-1].name == "_attend_part" else made[-2]
+    assert not any(kernel.spills for kernel in made[-2:])
+    assert "cp.async.cg.shared.global" in kernel.ptx, "keys and values arrive 16 bytes at a time, on their own"
+    assert kernel.shared_bytes <= 113 << 10, "two programs on a multiprocessor"
+    return kernel.ptx
+"""
+
+
+@pytest.mark.parametrize(
+    "launches",
+    [
+        """
+ptx = step(torch.bfloat16)
+assert "ldmatrix.sync.aligned.m8n8.x4.trans" in ptx
+step(torch.bfloat16, tokens=4, head_dim=80, window=999)
+assert made[-1].name == "_combine_parts"
+""",
+        """
+ptx = step(torch.float8_e4m3fn)
+assert "cvt.rn.f16x2.e4m3x2" in ptx and "ld.shared.b8" not in ptx
+ptx = step(torch.int8, head_dim=80)
+assert "sub.f16x2" in ptx and "ld.shared.b8" not in ptx
+""",
+    ],
+    ids=["bfloat16", "8 bits"],
+)
+def test_it_compiles_for_hopper(launches: str, tmp_path: Path) -> None:
+    """Without a GPU: copies run on their own, and bytes are not transposed one by one."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE + launches], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
