@@ -12,6 +12,8 @@ fill a tile, and a tile spans few positions, so that little of its diagonal is c
 of BLOCK_N with the running maximum and sum of the softmax, base 2, in float32. Tiles that a window's edge or the
 diagonal crosses are masked, in loops of their own; those between carry no mask at all. Tiles with the most keys start
 first (`plan_prefill`), all of one KV head before the next, so that the programs in flight read the same keys.
+A few tokens after a long prefix are too few tiles for a chip: then the context of each is cut into parts, which leave
+sums in float32 for a second kernel (`choose_splits`).
 Quantised keys and values are widened to the type of q before their products: Hopper's float8 products keep 14 bits of
 a sum, those of bfloat16 keep float32, so that the second level of accumulation is not needed here.
 
@@ -24,12 +26,11 @@ masks is some 600 instructions a tile, 16 of them asynchronous products of 64 x 
 Considered and left out:
 - descriptors (TMA) for pages shorter than a tile: each page would be an operation of its own, and joining the blocks
   costs a pass through registers; descriptors that gather begin with Blackwell. They serve where BLOCK_N divides P.
+- the next tile's scores begun before the softmax of this one: Triton 3.9 waits for them at once all the same.
 - warp specialisation on Hopper: Triton 3.9 compiles this loop to the same code with and without it.
 - one head per program: the same reads, more of the diagonal, and short chunks leave tiles empty.
 - float8 products: half the time of a product at best, but q would be quantised and sums would lose bits.
 - the scale of a value multiplied into its probability, as in decode: in float16 small probabilities would vanish.
-- splitting the context of a tile over programs: a few tokens after a long prefix leave most of the chip idle here. Up
-  to 8 tokens a row belong to decode_attention, which splits.
 
 `backend="library"` gathers each row's pages and calls torch's scaled_dot_product_attention, which picks flash, cuDNN or
 FlashAttention-3 where that was activated. It needs a plan, whose host lists say how long the rows are.
@@ -48,11 +49,14 @@ from torch.nn.attention.bias import causal_lower_right
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention_plan import Span
+from kernels.gpu.chip import multiprocessors
 from kernels.paged_attention import paged_attention_reference
 
 LOG2_E = 1.4426950408889634
 DESCRIPTOR_CAPABILITY = 9  # the first with TMA
 SPECIALIZING_CAPABILITY = 10  # the first for which Triton gives copies and products of this loop warps of their own
+MAX_SPLITS = 16
+LEAST_SPLIT_TOKENS = 512  # below it, writing and reading a part's sums costs more than its keys
 HIDDEN = tl.constexpr(-1e30)  # a masked score: finite, so that no row needs a guard against inf - inf
 
 
@@ -204,19 +208,19 @@ def _tiles(
 
 
 @triton.jit(
-    do_not_specialize=["tiles_per_row", "window", "score_scale", "pages_row"],
+    do_not_specialize=["tiles_per_row", "window", "score_scale", "pages_row", "tokens", "heads"],
     do_not_specialize_on_alignment=["pages", "starts", "offsets", "tiles"],
 )
 def _prefill_kernel(
-    q, out, keys, values, key_scales, value_scales, key_rows, value_rows, pages, starts, offsets, tiles,
-    tiles_per_row, window, score_scale, q_token, q_head, out_token, out_head, page_stride, head_stride, token_stride,
-    scale_page, scale_head, scale_token, page_rows, head_rows, pages_row,
+    q, out, sums, peaks, keys, values, key_scales, value_scales, key_rows, value_rows, pages, starts, offsets, tiles,
+    tokens, heads, tiles_per_row, window, score_scale, q_token, q_head, out_token, out_head, page_stride, head_stride,
+    token_stride, scale_page, scale_head, scale_token, page_rows, head_rows, pages_row,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PLANNED: tl.constexpr, WINDOWED: tl.constexpr, QUANTISED: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PLANNED: tl.constexpr, WINDOWED: tl.constexpr, QUANTISED: tl.constexpr,
     DESCRIPTORS: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, K)."""
+    """Grid (tiles, K, SPLITS). Of several parts each leaves its sums, and `_combine_kernel` ends the work."""
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
     if PLANNED:
@@ -263,8 +267,15 @@ def _prefill_kernel(
     if WINDOWED:
         low = tl.maximum(start - window + 1, 0)
         begin = low // BLOCK_N * BLOCK_N
+    end = high
+    split = tl.program_id(2)
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(high - begin, BLOCK_N), SPLITS) * BLOCK_N
+        begin += split * share
+        end = tl.minimum(begin + share, high)  # may lie before begin: a part without keys
+    if WINDOWED:
         edge = tl.cdiv(tl.maximum(final - window + 1, 0), BLOCK_N) * BLOCK_N
-        edge = tl.minimum(edge, whole)  # from it on the window reaches every key
+        edge = tl.minimum(tl.minimum(edge, whole), end)  # from it on the window reaches every key
         acc, total, peak = _tiles(
             acc, total, peak, queries, position, keys, values, key_scales, value_scales, key_rows, value_rows,
             page_list, begin, edge, low, high, window, score_scale, page_stride, token_stride, scale_page, scale_token,
@@ -273,17 +284,56 @@ def _prefill_kernel(
         begin = tl.maximum(begin, edge)
     acc, total, peak = _tiles(
         acc, total, peak, queries, position, keys, values, key_scales, value_scales, key_rows, value_rows,
-        page_list, begin, whole, low, high, window, score_scale, page_stride, token_stride, scale_page, scale_token,
-        page_rows, head_row, D, DP, P, BLOCK_N, False, WINDOWED, QUANTISED, DESCRIPTORS, WARP_SPECIALIZE, WIDEN,
+        page_list, begin, tl.minimum(whole, end), low, high, window, score_scale, page_stride, token_stride,
+        scale_page, scale_token, page_rows, head_row, D, DP, P, BLOCK_N, False, WINDOWED, QUANTISED, DESCRIPTORS,
+        WARP_SPECIALIZE, WIDEN,
     )  # fmt: skip
     acc, total, peak = _tiles(
         acc, total, peak, queries, position, keys, values, key_scales, value_scales, key_rows, value_rows,
-        page_list, whole, high, low, high, window, score_scale, page_stride, token_stride, scale_page, scale_token,
-        page_rows, head_row, D, DP, P, BLOCK_N, True, WINDOWED, QUANTISED, DESCRIPTORS, False, WIDEN,
+        page_list, tl.maximum(whole, begin), end, low, high, window, score_scale, page_stride, token_stride,
+        scale_page, scale_token, page_rows, head_row, D, DP, P, BLOCK_N, True, WINDOWED, QUANTISED, DESCRIPTORS,
+        False, WIDEN,
     )  # fmt: skip
-    mixed = (acc / total[:, None]).to(out.dtype.element_ty)
-    out += first_token * out_token
-    tl.store(out + (token * out_token + head * out_head)[:, None] + column[None, :], mixed, mask=cell)
+    if SPLITS == 1:
+        mixed = (acc / total[:, None]).to(out.dtype.element_ty)
+        out += first_token * out_token
+        tl.store(out + (token * out_token + head * out_head)[:, None] + column[None, :], mixed, mask=cell)
+    else:
+        cells = (split * tokens + first_token + token) * heads + head  # in [SPLITS, T, H]
+        tl.store(sums + (cells * D)[:, None] + column[None, :], acc, mask=cell)
+        tl.store(peaks + 2 * cells, peak, mask=used)
+        tl.store(peaks + 2 * cells + 1, total, mask=used)
+
+
+@triton.jit(do_not_specialize=["tokens", "heads"])
+def _combine_kernel(
+    out, sums, peaks, tokens, heads, out_token, out_head, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Grid (T, H)."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    column = tl.arange(0, DP)
+    highest = tl.load(peaks + 2 * (token * heads + head))
+    for split in tl.static_range(1, SPLITS):
+        highest = tl.maximum(highest, tl.load(peaks + 2 * ((split * tokens + token) * heads + head)))
+    acc = tl.zeros([DP], dtype=tl.float32)
+    total = 0.0
+    for split in tl.static_range(SPLITS):
+        cell = (split * tokens + token) * heads + head
+        weight = tl.exp2(tl.load(peaks + 2 * cell) - highest)
+        total += weight * tl.load(peaks + 2 * cell + 1)
+        acc += weight * tl.load(sums + cell * D + column, mask=column < D, other=0.0)
+    mixed = (acc / total).to(out.dtype.element_ty)
+    tl.store(out + token * out_token + head * out_head + column, mixed, mask=column < D)
+
+
+def choose_splits(plan: PrefillPlan, kv_heads: int, multiprocessor_count: int) -> int:
+    """Parts of each tile's context: 1 where the tiles fill the chip; else as many as fit, none of few keys."""
+    programs = len(plan.tiles) * kv_heads
+    if programs == 0:
+        return 1
+    longest = max(start + plan.offsets[row + 1] - plan.offsets[row] for row, start in enumerate(plan.starts))
+    return max(1, min(multiprocessor_count // programs, longest // LEAST_SPLIT_TOKENS, MAX_SPLITS))
 
 
 def prefill_attention(
@@ -301,11 +351,13 @@ def prefill_attention(
     kv_scales: torch.Tensor | None = None,
     plan: PrefillPlan | None = None,
     config: PrefillConfig | None = None,
+    splits: int | None = None,
     backend: Literal["triton", "library"] = "triton",
 ) -> torch.Tensor:
     """[T, H, D]. Nothing waits for the device.
 
     Without a plan each row gets as many programs as `max_tokens` (T when None) needs, and those past its end return.
+    `splits`: parts of each tile's context; None: by choose_splits, or 1 without a plan.
     """
     _check(q, frames, layer, scale, window, kv_scales)
     _check_lists(q, pages, starts, offsets, plan)
@@ -326,18 +378,24 @@ def prefill_attention(
     programs = rows * per_row if plan is None else len(plan.tiles)
     if programs == 0:
         return out
+    if splits is None:
+        splits = 1 if plan is None else choose_splits(plan, kv_heads, multiprocessors(q.device))
+    assert 1 <= splits <= MAX_SPLITS, splits
+    parts = (splits, tokens, heads) if splits > 1 else (0,)
+    sums = torch.empty((*parts, head_dim), dtype=torch.float32, device=q.device)
+    peaks = torch.empty((*parts, 2), dtype=torch.float32, device=q.device)
     described = config.descriptors and _takes_descriptors(frames, config.block_n)
     padded_dim = triton.next_power_of_2(head_dim)
     keys, values = frames[:, :, layer, 0], frames[:, :, layer, 1]
     scales = None if kv_scales is None else kv_scales[:, :, layer]
-    _prefill_kernel[programs, kv_heads](
-        q, out, keys, values,
+    _prefill_kernel[programs, kv_heads, splits](
+        q, out, sums, peaks, keys, values,
         None if scales is None else scales[:, :, 0],
         None if scales is None else scales[:, :, 1],
         _descriptor(keys, config.block_n, padded_dim) if described else None,
         _descriptor(values, config.block_n, padded_dim) if described else None,
         pages, starts, offsets, None if plan is None else plan.tiles,
-        per_row, window or 0, scale * LOG2_E, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+        tokens, heads, per_row, window or 0, scale * LOG2_E, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         frames.stride(0), frames.stride(1), frames.stride(4),
         0 if scales is None else scales.stride(0),
         0 if scales is None else scales.stride(1),
@@ -346,11 +404,15 @@ def prefill_attention(
         frames.stride(1) // head_dim if described else 0,
         pages.stride(0),
         GROUP=heads // kv_heads, D=head_dim, DP=padded_dim, P=frames.shape[4],
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits,
         PLANNED=plan is not None, WINDOWED=window is not None, QUANTISED=kv_scales is not None, DESCRIPTORS=described,
         WARP_SPECIALIZE=config.warp_specialize and _capability(q.device) >= SPECIALIZING_CAPABILITY,
         WIDEN=triton.knobs.runtime.interpret, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[tokens, heads](
+            out, sums, peaks, tokens, heads, out.stride(0), out.stride(1), D=head_dim, DP=padded_dim, SPLITS=splits
+        )
     return out
 
 

@@ -14,6 +14,7 @@ import torch
 from kernels.gpu.prefill_attention import (
     PrefillConfig,
     PrefillPlan,
+    choose_splits,
     default_config,
     plan_prefill,
     prefill_attention,
@@ -127,6 +128,7 @@ CASES = pairwise(
         "rows": [1, 3, 5],
         "planned": [True, False],
         "descriptors": [True, False],
+        "splits": [None, 3],
     }
 )
 
@@ -140,7 +142,7 @@ def test_it_equals_the_reference(case: dict[str, Any], device: torch.device) -> 
     config = PrefillConfig(32, 16 if case["page"] == 16 else 32, 4, descriptors=case["descriptors"])
     out = torch.full((*data.q.shape[:2], case["head_dim"] + 8), float("nan"), dtype=dtype, device=device)
     plan = data.plan(config) if case["planned"] else None
-    got = data.got(case["window"], plan=plan, config=config, out=out[..., : case["head_dim"]])
+    got = data.got(case["window"], plan=plan, config=config, splits=case["splits"], out=out[..., : case["head_dim"]])
     near(got, data.expected(case["window"]))
     assert bool(out[..., case["head_dim"] :].isnan().all()), "something was stored beside the result"
 
@@ -224,6 +226,18 @@ def test_a_plan_covers_each_token_once_and_starts_with_the_most_keys() -> None:
     assert plan.tiles.dtype == torch.int32 and plan_prefill([], [0], 32).tiles.shape == (0, 2)
 
 
+def test_a_context_is_split_only_where_tiles_leave_the_chip_idle() -> None:
+    def splits(start: int, tokens: int, rows: int = 1) -> int:
+        plan = plan_prefill([start] * rows, [row * tokens for row in range(rows + 1)], 32)
+        return choose_splits(plan, 8, 132)
+
+    assert splits(0, 8192) == 1, "a whole prompt fills the chip"
+    assert splits(32768, 64) == 8, "2 tiles of 8 heads leave room for 8 parts"
+    assert splits(32768, 16) == 16 and splits(32768, 64, rows=8) == 1
+    assert splits(1100, 16) == 2 and splits(0, 100) == 1, "short contexts are not worth it"
+    assert splits(0, 0) == 1
+
+
 def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     data = batch(device, [(0, 4)])
     wrong: list[dict[str, Any]] = [
@@ -241,6 +255,7 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
             data._replace(**change).got()
     options: list[dict[str, Any]] = [
         {"window": 0},
+        {"splits": 0},
         {"backend": "library"},
         {"backend": "other"},
         {"plan": data.plan(PrefillConfig(block_m=16)), "config": SMALL},
@@ -265,10 +280,11 @@ def compiled(kv, windowed, described):
     none = [] if quantised else ["key_scales", "value_scales"]
     none += [] if described else ["key_rows", "value_rows"]
     constants = dict.fromkeys(none) | dict(
-        GROUP=4, D=128, DP=128, P=config.block_n, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PLANNED=True,
-        WINDOWED=windowed, QUANTISED=quantised, DESCRIPTORS=described, WARP_SPECIALIZE=False, WIDEN=False)
+        GROUP=4, D=128, DP=128, P=config.block_n, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=1 + windowed,
+        PLANNED=True, WINDOWED=windowed, QUANTISED=quantised, DESCRIPTORS=described, WARP_SPECIALIZE=False, WIDEN=False)
     types = dict.fromkeys(kernel.arg_names, "i32") | dict(
-        q="*bf16", out="*bf16", keys="*" + kv, values="*" + kv, key_scales="*fp32", value_scales="*fp32",
+        q="*bf16", out="*bf16", sums="*fp32", peaks="*fp32", keys="*" + kv, values="*" + kv,
+        key_scales="*fp32", value_scales="*fp32",
         pages="*i32", starts="*i32", offsets="*i32", tiles="*i32", page_stride="i64", score_scale="fp32")
     types |= dict.fromkeys(("key_rows", "value_rows"), f"tensordesc<{kv}[{config.block_n}, 128]>")
     types |= dict.fromkeys(constants, "constexpr")
