@@ -99,7 +99,7 @@ def plan_prefill(
 ) -> PrefillPlan:
     """Tiles of `block_m` positions (`tile_tokens`) over all rows, from host lists. Rows of no token have no tile.
 
-    The copy to the device waits for nothing: the driver takes so few bytes from any memory at once.
+    The copy is asked for without waiting. Whoever keeps pinned memory makes the plan on the CPU and replaces `tiles`.
     """
     assert block_m > 0 and len(offsets) == len(starts) + 1 and offsets[0] == 0, (block_m, len(starts), len(offsets))
     found = []
