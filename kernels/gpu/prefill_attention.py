@@ -56,7 +56,7 @@ LOG2_E = 1.4426950408889634
 DESCRIPTOR_CAPABILITY = 9  # the first with TMA
 SPECIALIZING_CAPABILITY = 10  # the first for which Triton gives copies and products of this loop warps of their own
 MAX_SPLITS = 16
-LEAST_SPLIT_TOKENS = 512  # below it, writing and reading a part's sums costs more than its keys
+LEAST_SPLIT_TOKENS = 512  # of a part, by estimate: writing and reading its sums must cost less than its keys
 HIDDEN = tl.constexpr(-1e30)  # a masked score: finite, so that no row needs a guard against inf - inf
 
 
