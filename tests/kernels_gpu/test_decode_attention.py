@@ -223,20 +223,19 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(device: torch.device, store
     assert torch.equal(together, alone)
 
 
-def test_offsets_of_more_than_32_bits(device: torch.device) -> None:
-    """Pages beyond 2^31 elements of a pool that exists in address space only, but for those pages."""
-    elements = 1 << 31
-    made = batch(device, [40, 17], dtype=torch.float16, stored=torch.int8)
+def test_offsets_of_more_than_32_bits(device: torch.device, tmp_path: Path) -> None:
+    """Pages beyond 2^32 elements of a pool; without a GPU, a file with nothing before those pages."""
+    made = batch(device, [40, 17], dtype=torch.float16)
     frame = made.frames[0].numel()
-    count = elements // frame + len(made.frames)
-    pool = torch.empty(count * frame, dtype=torch.int8, device=device).view(count, *made.frames.shape[1:])
+    count = (1 << 32) // frame + len(made.frames)
+    if device.type == "cuda":
+        flat = torch.empty(count * frame, dtype=torch.float16, device=device)
+    else:
+        flat = torch.from_file(str(tmp_path / "pool"), shared=True, size=count * frame, dtype=torch.float16)
+    pool = flat.view(count, *made.frames.shape[1:])
     pool[-len(made.frames) :] = made.frames
-    assert made.kv_scales is not None
-    scales = torch.empty((count, *made.kv_scales.shape[1:]), device=device)
-    scales[-len(made.frames) :] = made.kv_scales
     moved = made.pages + (count - len(made.frames))
-    got = Batch(made.q, pool, moved, made.lengths, scales, None).attend()
-    assert torch.equal(got, made.attend())
+    assert torch.equal(Batch(made.q, pool, moved, made.lengths, None, None).attend(), made.attend())
 
 
 @pytest.mark.parametrize("stored", QUANTISED, ids=str)
@@ -246,13 +245,13 @@ def test_scales_of_any_size(device: torch.device, stored: torch.dtype) -> None:
     scales = made.kv_scales
     assert scales is not None
     scales[:, :, :, 1, ::3] *= 1e-12
-    scales[:, :, :, 1, 1::5] *= 1e6
+    scales[:, :, :, 1, 1::5] *= 1e9
     scales[:, :, :, :, 7] = 0
     scales[:, :, :, 1, 11] = 0
     got, expected = made.attend(splits=2).float(), made.expected()
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
-    again = Batch(made.q * 0, made.frames, made.pages, made.lengths, scales, None)
-    torch.testing.assert_close(again.attend().float(), again.expected(), rtol=1e-2, atol=1e4)
+    scales[:, :, :, 1] = 0
+    assert not made.attend(splits=2).any()
 
 
 @pytest.mark.parametrize(("stored", "bound"), [(torch.int8, 0.05), (torch.float8_e4m3fn, 0.3)], ids=str)
