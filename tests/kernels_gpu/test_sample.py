@@ -100,6 +100,27 @@ def test_logits_of_16_bits_are_widened(dtype: torch.dtype, device: torch.device)
     assert on_device(logits, draws, device) == by_engine(logits, draws)
 
 
+def test_the_last_id_that_a_filter_keeps_is_kept_and_the_next_is_not(device: torch.device) -> None:
+    """Draws whose noise lifts an unlikely id to the top, with each filter's bound just before and just behind it."""
+    logits = logits_of(1, 60, 1.0, False)
+    order = logits[0].argsort(descending=True).tolist()
+    before = logits[0].double().softmax(0)[order].cumsum(0).roll(1)  # the mass before each rank
+    draws: list[Draw] = []
+    winners = []
+    for plain in (Draw(0, 1.0, seed=seed) for seed in range(300)):
+        winner = int(sample_reference(logits, [plain])[0])
+        rank = order.index(winner)
+        if rank >= 3 and len(winners) < 6:
+            mass = float(before[rank])
+            winners.append(winner)
+            draws += [plain._replace(top_p=mass + 1e-5), plain._replace(top_k=rank + 1)]
+            draws += [plain._replace(top_p=mass - 1e-5), plain._replace(top_k=rank)]
+    found = on_device(logits, draws, device)
+    assert found == by_engine(logits, draws)
+    assert found[0::4] == found[1::4] == winners
+    assert not any(token in (found[4 * i + 2], found[4 * i + 3]) for i, token in enumerate(winners))
+
+
 def test_more_likely_ids_than_the_list_holds(device: torch.device) -> None:
     logits = logits_of(1, LISTED + 2 * BLOCK, 0.5, False)
     draws = [Draw(0, 1.0, top_k=k, top_p=p, seed=k) for k, p in ((0, 0.9), (9000, 1.0), (100, 0.5))]
