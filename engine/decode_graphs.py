@@ -49,8 +49,7 @@ class DecodeGraphs:
         """Logits [bucket, V]; rows of slots without a position hold anything."""
         inputs = np.zeros((bucket, 2), dtype=np.int32)
         inputs[:, 1] = NO_ROW
-        inputs[slots, 0] = ids
-        inputs[slots, 1] = positions
+        inputs[np.array(slots, dtype=np.int64)] = np.array([ids, positions], dtype=np.int32).T
         self._inputs[:bucket].copy_(to_device(inputs, self._frames.device), non_blocking=True)
         if self._frames.device.type != "cuda":
             return self._step(bucket)

@@ -90,7 +90,7 @@ def test_prompts_in_chunks_and_decode_give_the_reference_tokens(
     """Chunks, mixed steps and decode steps; what is not a row's own slot is not written."""
     both = Both(folders[name], device)
     runs = [both.open(length) for length in (1, 17, 40)]
-    both.finish(runs, 4, chunk=16)
+    both.finish(runs, 5, chunk=16)
     assert both.fed > 0 and set(both.buckets) <= {1, 2, 4}
     written = {(run.pages[p // 16], p % 16) for run in runs for p in range(run.computed)}
     frames = both.frames.cpu()
@@ -197,6 +197,12 @@ def test_a_failed_step_forgets_its_slots(
         with pytest.raises(EngineError, match="out of luck"):
             both.executor.execute(Batch((run.row(None),)))
     both.finish([run], 4)
+
+
+def test_capturing_at_start_writes_nothing(folders: dict[str, Path], device: torch.device) -> None:
+    both = Both(folders["qwen3"], device, tokens=64)
+    both.executor.capture()
+    assert both.buckets == [4, 2, 1] and both.frames.isnan().all()
 
 
 def test_the_bundled_model_goes_on_as_the_reference_does(device: torch.device) -> None:
