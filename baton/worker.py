@@ -204,7 +204,7 @@ class WorkerProcess:
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if self._told.is_set():
                 await self._drain(worker, membership, engine)
-            return 0 if self._told.is_set() and not engine.done() else _report_end(engine)
+            return 0 if self._told.is_set() and not engine.done() else _report_end(engine, sweeping, telling, member)
         finally:
             for task in (engine, told, sweeping, telling, member):
                 task.cancel()
@@ -238,9 +238,11 @@ class WorkerProcess:
         self._report(Report("signals", numbers=signals_of(worker)))
 
 
-def _report_end(engine: asyncio.Task[None]) -> int:
-    error = engine.exception() if engine.done() else None
-    log.critical("the engine's loop has ended", exc_info=error)
+def _report_end(*loops: asyncio.Task[None]) -> int:
+    """One that should never end has."""
+    for loop in loops:
+        if loop.done() and not loop.cancelled():
+            log.critical("the loop of the %s has ended", loop.get_name(), exc_info=loop.exception())
     return 1
 
 

@@ -218,6 +218,51 @@ async def test_while_the_store_is_away_the_last_snapshot_stands() -> None:
         await until(lambda: "d0" in registry.snapshot.records)
 
 
+class Misbehaving(MemoryStore):
+    """While told to, fails with an error that no store should let out."""
+
+    misbehaves = False
+
+    async def read(self, group: str) -> dict[str, bytes]:
+        self._fail()
+        return await super().read(group)
+
+    async def put(self, group: str, name: str, value: bytes, life_s: float) -> None:
+        self._fail()
+        await super().put(group, name, value, life_s)
+
+    def _fail(self) -> None:
+        if self.misbehaves:
+            raise KeyError("a mistake of ours")
+
+
+async def test_a_mistake_in_a_store_ends_no_loop_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    shelf = MemoryShelf(monotonic_s)
+    store = Misbehaving(shelf)
+    async with member(store) as one, member(MemoryStore(shelf), 2) as other:
+        one.announce(record())
+        await until(lambda: "d0" in other.snapshot.records)
+        store.misbehaves = True
+        await until(lambda: "d0" not in other.snapshot.records)  # its lease has run out
+        store.misbehaves = False
+        await until(lambda: "d0" in other.snapshot.records)
+    assert "a mistake of ours" in caplog.text
+
+
+class ClosedSocket:
+    """A client whose connection uvloop has closed under it."""
+
+    async def smembers(self, key: str) -> set[bytes]:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+
+async def test_a_socket_closed_under_the_client_is_a_store_that_is_away() -> None:
+    from core.registry.redis_store import RedisStore
+
+    with pytest.raises(RegistryAway, match="the handler is closed"):
+        await RedisStore(ClosedSocket(), "baton").read("g")
+
+
 async def test_an_old_copy_of_the_store_is_corrected_by_those_who_live() -> None:
     shelf = MemoryShelf(monotonic_s)
     async with member(MemoryStore(shelf), 1) as worker, member(MemoryStore(shelf), 2) as router:

@@ -127,7 +127,7 @@ class RedisStore:
         except asyncio.CancelledError:
             task.cancel()
             raise
-        except (RedisError, OSError, asyncio.IncompleteReadError) as error:
+        except (RedisError, OSError, asyncio.IncompleteReadError, RuntimeError) as error:  # the last: uvloop's
             raise RegistryAway(f"Redis: {type(error).__name__}: {error}{_hint(str(error))}") from error
 
     def _over(self, call: asyncio.Task[Any]) -> None:

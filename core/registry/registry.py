@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from random import Random
@@ -93,11 +93,19 @@ class Registry:
             log.info("%s is not withdrawn, and expires: %s", worker, error.message)
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Until it is cancelled. What nobody foresaw in one of the loops is logged, and the loop goes on."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_renewing())
-            group.create_task(self._keep_reading())
-            group.create_task(self._keep_listening())
+            for loop in (self._keep_renewing, self._keep_reading, self._keep_listening):
+                group.create_task(self._keep(loop))
+
+    async def _keep(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """A store that misbehaves must not end a worker that serves."""
+        while True:
+            try:
+                await loop()
+            except Exception:
+                log.exception("a loop of the registry has failed, and begins again")
+                await asyncio.sleep(self._timing.poll_s)
 
     # --- our own records ---------------------------------------------------------------------------------------
 

@@ -78,7 +78,8 @@ def test_a_registry_that_goes_away_is_said_until_it_is_back(two_routers: Fleet, 
         assert metrics(two_routers.urls[0])[("baton:registry_up",)] == 0
     finally:
         redis.signal(signal.SIGCONT)
-    two_routers.until("it is back", lambda: status(two_routers.urls[0])[0] == 0)
+    for url in two_routers.urls:  # each asks again in its own time
+        two_routers.until(f"it is back at {url}", lambda url=url: status(url)[0] == 0)  # type: ignore[misc]
 
 
 async def test_every_router_tells_what_was_decided_and_who_the_others_are(
