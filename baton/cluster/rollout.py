@@ -64,10 +64,11 @@ def _watch(spec: ClusterSpec, within_s: float, say: Say, is_over: Callable[[], b
                 said[name] = line
         if application.status == "RUNNING":
             return
-        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        if application.status == "DEPLOY_FAILED":
             raise StartupError(_failure(application))
-        if time.monotonic() > ends_s:
-            raise StartupError(_too_late(spec, said, within_s))
+        if time.monotonic() > ends_s:  # until then an unhealthy one may heal: a worker that has died is being replaced
+            unhealthy = application.status == "UNHEALTHY"
+            raise StartupError(_failure(application) if unhealthy else _too_late(spec, said, within_s))
         time.sleep(LOOK_S)
 
 

@@ -6,6 +6,7 @@ Everything is found by the folder that it runs in, as in tests/processes; and no
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,14 +177,12 @@ class RayCluster:
                     found[process.pid] = process
         return found
 
-    def replicas(self, tier: str) -> list[int]:
-        """The processes of Serve's actors around them, by pid; those that only begin included."""
-        found = []
-        for process in self.processes():
-            with suppress(psutil.Error):
-                if _title(process).startswith(f"ray::ServeReplica:baton:{tier}"):
-                    found.append(process.pid)
-        return found
+    def begun(self, tier: str) -> int:
+        """How many replicas Serve's controller has decided to start: their processes take long."""
+        logs = (self.folder / "ray").glob("session_latest/logs/serve/controller_*.log")
+        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+        decisions = (re.search(rf"Adding (\d+) replicas? to Deployment\(name='{tier}'", line) for line in lines)
+        return sum(int(decision[1]) for decision in decisions if decision)
 
     def wait_until(self, what: str, holds: Callable[[], bool], within_s: float = PATIENCE_S) -> float:
         """Seconds that it took."""
