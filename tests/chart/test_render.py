@@ -257,7 +257,10 @@ def test_monitors_exist_only_where_they_were_asked_for(cases: Cases) -> None:
         ports = {port["name"] for port in container(pod)["ports"]}
         assert selects(monitor["spec"]["selector"], pod) and monitor["metadata"]["labels"]["release"] == "prometheus"
         assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports
-    assert environment(rendered.pod("head"))["RAY_PROMETHEUS_HOST"] == "http://prometheus.monitoring:9090"
+    head = environment(rendered.pod("head"))
+    assert head["RAY_PROMETHEUS_HOST"] == "http://prometheus.monitoring:9090"
+    uid = json.loads((ROOT / "deploy" / "grafana" / "baton.json").read_text())["uid"]
+    assert head["RAY_GRAFANA_DATA_DASHBOARD_UID"] == uid
 
 
 COPIES = [("alerts", "alerts", "*.yaml"), ("dashboards", "grafana", "*.json")]

@@ -44,6 +44,8 @@ seccompProfile: {type: RuntimeDefault}
 {{- end }}
 {{- with $v.monitoring.grafanaHost }}
 - {name: RAY_GRAFANA_HOST, value: {{ . | quote }}}
+# The second tab of the metrics page, whatever Ray calls it, is Baton's dashboard.
+- {name: RAY_GRAFANA_DATA_DASHBOARD_UID, value: {{ ($.root.Files.Get "files/dashboards/baton.json" | fromJson).uid | quote }}}
 {{- end }}
 {{- with $v.monitoring.grafanaIframeHost }}
 - {name: RAY_GRAFANA_IFRAME_HOST, value: {{ . | quote }}}
