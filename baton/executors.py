@@ -19,7 +19,7 @@ def frames_for(loaded: LoadedModel, shared: bool, progress: Progress | None = No
 
 
 def executor_for(loaded: LoadedModel, frames: Frames, threads: int, max_rows: int) -> Executor:
-    """On the device the pool is allocated here, and every decode step captured. Raises EngineError."""
+    """On the device the pool is allocated here, and every decode step captured. Raises StartupError."""
     layout, backend = loaded.layout, loaded.backend
     if backend.name == "torch":
         return TorchExecutor(loaded.model, layout, frames.buffer, threads)
@@ -27,8 +27,8 @@ def executor_for(loaded: LoadedModel, frames: Frames, threads: int, max_rows: in
     from engine.triton_executor import TritonExecutor
 
     if not backend.on_gpu:
-        return TritonExecutor(loaded.model, frames_over(frames.buffer, layout), max_rows)
+        return TritonExecutor(loaded.model, frames_over(frames.buffer, layout), max_rows, loaded.configs)
     pool = pool_on_device(layout, loaded.pages, torch.device(backend.device))
-    executor = TritonExecutor(loaded.model, pool, max_rows)
+    executor = TritonExecutor(loaded.model, pool, max_rows, loaded.configs)
     executor.capture()
     return executor

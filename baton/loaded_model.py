@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from baton.available_memory import available_bytes
 from baton.backends import ON_CPU, Backend
 from baton.model_facts import context_tokens
+from baton.tuned_table import attention_configs
 from core.clock import Clock
-from core.errors import ConfigError, TooLittleMemory
+from core.errors import ConfigError, EngineError, StartupError, TooLittleMemory
 from core.layout import HASH_UNIT_TOKENS, PageLayout
 from engine.architectures.registry import find_architecture
 from engine.config import ModelConfig, read_config
@@ -30,6 +32,9 @@ from engine.intake import Intake
 from engine.memory import SCRATCH_PAGES, page_layout, pages_that_fit, weight_bytes
 from engine.model import Model
 from engine.weights import Progress, load_model, target_dtype
+
+if TYPE_CHECKING:
+    from engine.attention_configs import AttentionConfigs
 
 CONTEXTS = 8
 SHARE = 4  # of the free memory: one in so many parts
@@ -64,6 +69,7 @@ class LoadedModel:
     vocabulary: int
     max_context_tokens: int
     backend: Backend = ON_CPU
+    configs: AttentionConfigs | None = None  # what backend triton's kernels run with
 
     @property
     def pool_bytes(self) -> int:
@@ -82,37 +88,50 @@ def load(
     backend: Backend = ON_CPU,
     step: tuple[int, int] = (512, 256),
 ) -> LoadedModel:
-    """Raises CheckpointError, ConfigError and TooLittleMemory. `progress` is told of bytes loaded, of how many.
+    """Raises StartupError and its kinds. `progress` is told of bytes loaded, of how many.
 
     `step`: the most tokens of a prefill step, the most rows of a decode step: what is measured on a GPU.
     """
     config = read_config(checkpoint)
     context = context_tokens(config.max_positions, wish.max_context_tokens)
-    type_name = str(target_dtype(config, dtype)).removeprefix("torch.")
-    layout = page_layout(config, wish.page_size, type_name)
+    kind = target_dtype(config, dtype)
+    layout = page_layout(config, wish.page_size, str(kind).removeprefix("torch."))
+    configs = attention_configs(backend, config, wish.page_size, kind) if backend.name == "triton" else None
     measured = backend.on_gpu and not (wish.pages or wish.kv_bytes)
     pages = 0 if measured else _pages(config, layout, context, wish, available)
     model = load_model(checkpoint, dtype, progress, backend.device, backend.ops())
     return LoadedModel(
         model=model,
         layout=layout,
-        pages=_pages_on_device(model, layout, context, backend.device, step) if measured else pages,
+        pages=_pages_on_device(model, layout, context, backend.device, step, configs) if measured else pages,
         identity=identity(checkpoint),
         end_ids=config.eos_ids,
         vocabulary=config.vocab_size,
         max_context_tokens=context,
         backend=backend,
+        configs=configs,
     )
 
 
-def _pages_on_device(model: Model, layout: PageLayout, context: int, device: str, step: tuple[int, int]) -> int:
-    """Raises TooLittleMemory and EngineError."""
+def _pages_on_device(
+    model: Model,
+    layout: PageLayout,
+    context: int,
+    device: str,
+    step: tuple[int, int],
+    configs: AttentionConfigs | None,
+) -> int:
+    """Raises TooLittleMemory and StartupError."""
     import torch
 
     from engine.device_pool import LargestStep, pages_beside, step_bytes
 
     where = torch.device(device)
-    taken_bytes = step_bytes(model, layout, LargestStep(*step), where)
+    try:
+        taken_bytes = step_bytes(model, layout, LargestStep(*step), where, configs)
+    except EngineError as error:
+        advice = "where memory ran out, give smaller --step-tokens or --max-rows"
+        raise StartupError(f"the largest step was tried, and failed: {error.message}; {advice}") from error
     torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info(where)
     return pages_beside(free_bytes, taken_bytes, layout, context)

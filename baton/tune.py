@@ -6,18 +6,17 @@ Each result is saved at once: Ctrl-C, a time limit or a crash cost one candidate
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from baton.tuned_table import default_file, installed
 from baton.tuning_loop import Case, GpuLost, tune, untried
 from core.errors import ConfigError
 from kernels.gpu import tuning
@@ -211,17 +210,6 @@ def _chip(device: torch.device) -> str:
     import torch
 
     return str(torch.cuda.get_device_name(device))
-
-
-def installed() -> dict[str, str]:
-    """Versions that a measured time depends on."""
-    return {name: version(name) for name in ("torch", "triton")}
-
-
-def default_file(chip: str) -> Path:
-    """In the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "baton" / "tuned" / tuning.file_name(chip)
 
 
 def open_file(path: Path, chip: str, software: Mapping[str, str]) -> Tuned:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from engine.attention_configs import AttentionConfigs
 from engine.device_copy import to_device
 from engine.model import Attend, Model, Rotary
 from engine.row_slots import BUCKETS
@@ -28,11 +29,14 @@ NO_ROW = -1  # in place of a position
 class DecodeGraphs:
     """`table_width`: pages of the longest row. The buffers belong to this object, and the logits until the next run."""
 
-    def __init__(self, model: Model, frames: torch.Tensor, max_rows: int, table_width: int) -> None:
+    def __init__(
+        self, model: Model, frames: torch.Tensor, max_rows: int, table_width: int, configs: AttentionConfigs
+    ) -> None:
         assert max_rows in BUCKETS, max_rows
         device = frames.device
         self._model = model
         self._frames = frames
+        self._configs = configs
         self._inputs = torch.zeros(max_rows, 2, dtype=torch.int32, device=device)  # id, position
         self._table = torch.zeros(max_rows, table_width, dtype=torch.int32, device=device)
         self._last = torch.zeros(max_rows, dtype=torch.int64, device=device)
@@ -97,7 +101,7 @@ class DecodeGraphs:
         table, lengths = self._table[:bucket], (positions + 1).contiguous()
         own = table.gather(1, (at // page_size).long()[:, None])[:, 0]
         pages = torch.where(positions == NO_ROW, NO_ROW, own)
-        slots = at % page_size
+        slots, chosen = at % page_size, self._configs.decode(bucket)
 
         def attend(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None = None
@@ -105,7 +109,8 @@ class DecodeGraphs:
             assert rotary is not None, "backend triton runs models with rotary attention"
             norms = (rotary.q_norm, rotary.k_norm)
             rope_write(q, k, v, at, rotary.inv_freq, frames, layer, pages, slots, None, *norms, rotary.eps)
-            mixed = decode_attention(q[:, None], frames, layer, table, lengths, scale, config.windows[layer])
+            window = config.windows[layer]
+            mixed = decode_attention(q[:, None], frames, layer, table, lengths, scale, window, config=chosen)
             return mixed[:, 0]
 
         return attend

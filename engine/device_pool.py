@@ -16,6 +16,7 @@ import torch
 from core.errors import TooLittleMemory
 from core.layout import PageLayout
 from core.sampling import SamplingParams
+from engine.attention_configs import AttentionConfigs
 from engine.batch import Batch, Row, SampleSpec
 from engine.config import ModelConfig
 from engine.memory import SCRATCH_PAGES
@@ -49,9 +50,14 @@ def largest_batches(step: LargestStep, config: ModelConfig, page_size: int) -> t
     return Batch(prefill), Batch(tuple(_row(number, 1, page_size) for number in range(step.rows)))
 
 
-def step_bytes(model: Model, layout: PageLayout, step: LargestStep, device: torch.device) -> int:
-    """What the largest step takes beside weights and pool, and captured steps keep. Raises EngineError. 0 on a CPU."""
-    executor = TritonExecutor(model, pool_on_device(layout, 1 + PAGE, device), step.rows)
+def step_bytes(
+    model: Model, layout: PageLayout, step: LargestStep, device: torch.device, configs: AttentionConfigs | None = None
+) -> int:
+    """What the largest step takes beside weights and pool, and captured steps keep; 0 on a CPU.
+
+    Raises StartupError where a step cannot be captured, EngineError where the largest one fails.
+    """
+    executor = TritonExecutor(model, pool_on_device(layout, 1 + PAGE, device), step.rows, configs)
     measured = device.type == "cuda"
     if measured:
         torch.cuda.synchronize(device)

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from core.errors import EngineError
+from core.errors import EngineError, StartupError
+from engine.attention_configs import AttentionConfigs
 from engine.batch import Batch, PageCopy, Row, RowResult
 from engine.decode_graphs import LAST_SAMPLED, DecodeGraphs
 from engine.device_copy import to_device
@@ -26,7 +27,7 @@ from engine.sampler import Draw
 from engine.step import FlatRows, draws_of, flatten
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.errors import KERNEL_ERRORS
-from kernels.gpu.prefill_attention import default_config, plan_prefill, prefill_attention, tile_tokens
+from kernels.gpu.prefill_attention import plan_prefill, prefill_attention, tile_tokens
 from kernels.gpu.rope_write import rope_write
 
 ERRORS = (RuntimeError, IndexError, TypeError, ValueError, MemoryError, *KERNEL_ERRORS)
@@ -45,10 +46,17 @@ class Launched(NamedTuple):
 class TritonExecutor:
     """Implements engine.batch.Executor over `frames` [N, K, L, 2, P, D], on the device where the model's weights are.
 
-    `max_rows`: the most rows of a decode step that are captured; a step with more is launched one by one.
+    `max_rows`: the most rows of a decode step that are captured; a step with more is launched one by one. `configs`:
+    what the attention kernels run with; their defaults where None.
     """
 
-    def __init__(self, model: Model, frames: torch.Tensor, max_rows: int = BUCKETS[-1]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        frames: torch.Tensor,
+        max_rows: int = BUCKETS[-1],
+        configs: AttentionConfigs | None = None,
+    ) -> None:
         config, page_size = model.config, frames.shape[4]
         shape = (config.kv_heads, config.layers, 2, page_size, config.head_dim)
         assert frames.shape[1:] == shape and frames.dtype == model.dtype, (frames.shape, frames.dtype, model.dtype)
@@ -58,7 +66,8 @@ class TritonExecutor:
         self._frames = frames
         self._scale = config.head_dim**-0.5
         self._slots = RowSlots(slots, width, page_size, len(frames))
-        self._graphs = DecodeGraphs(model, frames, slots, width)
+        self._configs = configs or AttentionConfigs(config, page_size, frames.dtype)
+        self._graphs = DecodeGraphs(model, frames, slots, width, self._configs)
         self._most = slots
 
     def execute(self, batch: Batch) -> list[RowResult]:
@@ -91,12 +100,15 @@ class TritonExecutor:
         return [next(found) if fault is None else RowResult(error=fault) for fault in launched.faults]
 
     def capture(self) -> None:
-        """Capture every bucket now, so that no request waits for it. Raises EngineError."""
+        """Capture every bucket now, so that no request waits for it. Raises StartupError: nobody could be served."""
         try:
             with torch.inference_mode():
                 self._graphs.capture_all()
         except ERRORS as error:
-            raise EngineError(f"the decode step could not be captured: {error}") from error
+            raise StartupError(
+                f"the decode step could not be captured: {error}; where memory ran out, give fewer --pages or smaller "
+                "--max-rows; where a kernel did not compile, run `baton tune` again, or remove the file that it wrote"
+            ) from error
 
     def zero_tail(self, page: int, used_tokens: int) -> None:
         self._frames[page, :, :, :, used_tokens:].zero_()
@@ -150,9 +162,8 @@ class TritonExecutor:
         offsets = np.cumsum([0, *(len(row.ids) for row in flat.rows[singles:])]).tolist()
         given = to_device(np.array([row.start for row in flat.rows] + offsets, dtype=np.int32), device)
         lengths, begins, firsts = given[:singles] + 1, given[singles : len(table)], given[len(table) :]
-        config = self._model.config
-        per_tile = tile_tokens(default_config(config.head_dim, frames.dtype), config.heads, config.kv_heads)
-        plan = plan_prefill(starts, offsets, per_tile, device)
+        config, for_long, for_one = self._model.config, self._configs.prefill, self._configs.decode(singles)
+        plan = plan_prefill(starts, offsets, tile_tokens(for_long, config.heads, config.kv_heads), device)
 
         def attend(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary | None = None
@@ -164,12 +175,13 @@ class TritonExecutor:
             window = windows[layer]
             if singles:
                 decode_attention(
-                    q[:singles, None], frames, layer, table[:singles], lengths, scale, window, out=out[:singles, None]
-                )
+                    q[:singles, None], frames, layer, table[:singles], lengths, scale, window,
+                    out=out[:singles, None], config=for_one,
+                )  # fmt: skip
             if starts:
                 prefill_attention(
                     q[singles:], frames, layer, table[singles:], begins, firsts, scale, window,
-                    out=out[singles:], plan=plan,
+                    out=out[singles:], plan=plan, config=for_long,
                 )  # fmt: skip
             return out
 

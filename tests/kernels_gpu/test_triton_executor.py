@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from core.errors import EngineError
+from core.errors import EngineError, StartupError
 from core.sampling import SamplingParams
+from engine import decode_graphs, triton_executor
+from engine.attention_configs import AttentionConfigs
 from engine.batch import Batch, PageCopy, Row, RowResult, SampleSpec
 from engine.decode_graphs import LAST_SAMPLED
 from engine.row_slots import RowSlots, bucket_for
 from engine.triton_executor import TritonExecutor
 from engine.triton_ops import triton_ops
 from engine.weights import load_model
+from kernels.gpu.tuning import EMPTY, Config, Table
 from tests.run_rows import GREEDY, Rig, Run, prompt
 from tests.tiny_models import VOCABULARY, save_tiny
 
@@ -34,11 +38,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Both:
     """The two executors over pools of the same pages. Every step runs on both, and must have the same outcome."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: str = "auto", tokens: int = 1024) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: str = "auto", tokens: int = 1024, table: Table = EMPTY
+    ) -> None:
         self.reference = Rig(load_model(folder, dtype), tokens=tokens)
         model = load_model(folder, dtype, device=str(device), ops=triton_ops())
         self.frames = self.reference.frames.to(device, copy=True)
-        self.executor = TritonExecutor(model, self.frames, MAX_ROWS)
+        configs = AttentionConfigs(model.config, self.frames.shape[4], self.frames.dtype, table)
+        self.executor = TritonExecutor(model, self.frames, MAX_ROWS, configs)
         self.fed = 0  # ids that the device had from its last step
         self.buckets: list[int] = []
         self._watch()
@@ -203,6 +210,54 @@ def test_capturing_at_start_writes_nothing(folders: dict[str, Path], device: tor
     both = Both(folders["qwen3"], device, tokens=64)
     both.executor.capture()
     assert both.buckets == [4, 2, 1] and both.frames.isnan().all()
+
+
+def test_a_step_that_cannot_be_captured_ends_the_start(
+    folders: dict[str, Path], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = Both(folders["llama3"], device, tokens=64)
+
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(both.executor._graphs, "run", fail)
+    with pytest.raises(StartupError, match=r"out of memory; where memory ran out, give fewer --pages"):
+        both.executor.capture()
+
+
+def test_tuned_configurations_are_used_and_change_no_token(
+    folders: dict[str, Path], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of one row and of some have configurations of their own; a plan follows the tile that was chosen."""
+    model = load_model(folders["llama3"]).config
+    heads = f"H{model.heads} K{model.kv_heads} D{model.head_dim} P16"
+    one = {"block_keys": 16, "num_warps": 2, "num_stages": 2, "splits": 3, "assembly": True}
+    some = {**one, "block_keys": 32, "splits": None}
+    long = {
+        "block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 3, "descriptors": False, "warp_specialize": False,
+    }  # fmt: skip
+    table: dict[tuple[str, str], Config] = {
+        ("decode_attention", f"float32 float32 {heads} M1 R1"): one,
+        ("decode_attention", f"float32 float32 {heads} M1 R8"): some,
+        ("prefill_attention", f"float32 float32 {heads}"): long,
+    }
+    used: dict[str, list[Config]] = {"decode_attention": [], "prefill_attention": []}
+    for module in (decode_graphs, triton_executor):
+        for name in used.keys() & vars(module).keys():
+            launch = getattr(module, name)
+
+            def watched(*given: object, name: str = name, launch: Any = launch, **named: Any) -> torch.Tensor:
+                used[name].append(asdict(named["config"]))
+                return launch(*given, **named)  # type: ignore[no-any-return]
+
+            monkeypatch.setattr(module, name, watched)
+    both = Both(folders["llama3"], device, table=table)
+    runs = [both.open(length) for length in (3, 19)]
+    both.finish(runs, 2)
+    assert used["prefill_attention"] and all(config == long for config in used["prefill_attention"])
+    both.finish(runs[:1], 3)
+    seen = used["decode_attention"]
+    assert one in seen and some in seen and all(config in (one, some) for config in seen)
 
 
 def test_the_bundled_model_goes_on_as_the_reference_does(device: torch.device) -> None:
