@@ -112,13 +112,14 @@ def test_probes_and_monitors_ask_for_what_the_router_serves(cases: Cases) -> Non
         assert path in test and f'Route("{path}"' in routes
 
 
-def test_ray_ends_a_replica_before_its_node(cases: Cases) -> None:
+def test_ray_ends_a_replica_and_starts_another_before_its_node_goes(cases: Cases) -> None:
     """Read as text: the module needs Ray."""
     [margin_s] = re.findall(r"^MARGIN_S = ([\d.]+)", (ROOT / "baton/cluster/placement.py").read_text(), re.MULTILINE)
     rendered = cases(4, "minimal")
     for tier in rendered.groups:
         node_s = int(environment(rendered.pod(tier))["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
-        assert rendered.arguments[tier]["drain_s"] + float(margin_s) < node_s
+        waits_s = VALUES[tier]["successorSeconds"]
+        assert rendered.arguments[tier]["drain_s"] + float(margin_s) + waits_s < node_s
 
 
 def test_variables_are_those_that_the_code_reads(cases: Cases) -> None:

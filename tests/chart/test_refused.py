@@ -14,7 +14,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("no secret", {"security": {"existingSecret": ""}}, "create secret generic baton-secrets"),
     ("only some certificates", {"security": {"tls": {"router": "a"}}}, "for each of router, prefill and decode"),
     ("min over max", {"decode": {"min": 5, "max": 2}}, "decode.min is 5 and decode.max is 2"),
-    ("killed while it drains", {"decode": {"terminationGracePeriodSeconds": 600}}, "a drain of 900 s needs 960"),
+    ("killed while it drains", {"decode": {"terminationGracePeriodSeconds": 600}}, "a drain of 900 s need 1260"),
     ("nobody may go", {"router": {"pdb": {"minAvailable": 2}}}, "no pod could ever be evicted"),
     ("shared memory over memory", {"prefill": {"shmSize": "4Gi"}}, "prefill.shmSize 4Gi must be less than"),
     ("no memory limit", {"head": {"resources": {"limits": {"memory": None}}}}, "head.resources.limits.memory"),

@@ -59,12 +59,13 @@ def test_each_tier_lands_on_the_pods_of_its_own_group(rendered: Rendered) -> Non
     assert rendered.cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_a_pod_outlives_the_drain_of_its_node_and_that_outlives_its_replica(rendered: Rendered) -> None:
-    for tier in TIERS:
+def test_a_pod_outlives_its_node_and_that_a_successors_start_and_its_replica(rendered: Rendered) -> None:
+    for tier, successor_s in zip(TIERS, (60, 300, 300), strict=True):
         pod = rendered.pod(tier)
         drain_s = rendered.arguments[tier]["drain_s"]
         node_s = int(environment(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
-        assert (node_s, pod["spec"]["terminationGracePeriodSeconds"] >= drain_s + 60) == (drain_s + 30, True)
+        assert node_s == successor_s + drain_s + 30
+        assert pod["spec"]["terminationGracePeriodSeconds"] >= successor_s + drain_s + 60
 
 
 def test_secrets_come_by_reference_alone(rendered: Rendered) -> None:

@@ -48,7 +48,7 @@ class RayCluster:
             "TMPDIR": str(self.folder),
             "RAY_AUTH_MODE": "disabled",
             "RAY_gcs_rpc_server_reconnect_timeout_s": "120",
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "40",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "100",  # a worker's start, then the longest drain: docs/cluster.md
             "RAY_DISABLE_IMPORT_WARNING": "1",
             "RAY_raylet_start_wait_time_s": "90",
             **(more_env or {}),

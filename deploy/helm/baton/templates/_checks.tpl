@@ -58,8 +58,9 @@ BATON_REGISTRY_PASSWORD BATON_NODE_NAME BATON_RACK_LABEL RAY_PROMETHEUS_HOST RAY
 {{- fail (printf "%s.min is %d and %s.max is %d: min must not be larger" .name (int $t.min) .name (int $t.max)) -}}
 {{- end -}}
 {{- $grace := $t.terminationGracePeriodSeconds -}}
-{{- if and (not (kindIs "invalid" $grace)) (lt (int $grace) (add (int $t.drainSeconds) 60 | int)) -}}
-{{- fail (printf "%s.terminationGracePeriodSeconds is %d: a drain of %d s needs %d, or the pod is killed while it drains" .name (int $grace) (int $t.drainSeconds) (add (int $t.drainSeconds) 60)) -}}
+{{- $least := add (int $t.successorSeconds) (int $t.drainSeconds) 60 | int -}}
+{{- if and (not (kindIs "invalid" $grace)) (lt (int $grace) $least) -}}
+{{- fail (printf "%s.terminationGracePeriodSeconds is %d: a successor within %d s and a drain of %d s need %d, or the pod is killed while it drains" .name (int $grace) (int $t.successorSeconds) (int $t.drainSeconds) $least) -}}
 {{- end -}}
 {{- $left := $t.pdb.minAvailable -}}
 {{- if and $t.pdb.enabled (not (kindIs "invalid" $left)) (ge (int $left) (int $t.min)) -}}

@@ -51,8 +51,8 @@ seccompProfile: {type: RuntimeDefault}
 - {name: RAY_GRAFANA_IFRAME_HOST, value: {{ . | quote }}}
 {{- end }}
 {{- else }}
-# The pod outlives the drain of its Ray node, and that outlives the drain of its replica.
-- {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ add .tier.drainSeconds 30 | quote }}}
+# The pod outlives the drain of its Ray node, and that outlives the start of a successor and the drain of its replica.
+- {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ add .tier.successorSeconds .tier.drainSeconds 30 | quote }}}
 - {name: RAY_gcs_rpc_server_reconnect_timeout_s, value: {{ $v.ray.gcsFaultTolerance.reconnectTimeoutSeconds | quote }}}
 - {name: HF_HOME, value: /models/hub}
 {{- if $v.modelCache.offline }}
@@ -165,7 +165,7 @@ metadata:
 spec:
   serviceAccountName: {{ include "baton.serviceAccount" .root }}
   automountServiceAccountToken: {{ $token }}
-  terminationGracePeriodSeconds: {{ if kindIs "invalid" .tier.terminationGracePeriodSeconds }}{{ add .tier.drainSeconds 60 }}{{ else }}{{ .tier.terminationGracePeriodSeconds }}{{ end }}
+  terminationGracePeriodSeconds: {{ if kindIs "invalid" .tier.terminationGracePeriodSeconds }}{{ add .tier.successorSeconds .tier.drainSeconds 60 }}{{ else }}{{ .tier.terminationGracePeriodSeconds }}{{ end }}
   securityContext:
     runAsNonRoot: true
     runAsUser: {{ $v.security.runAsUser }}
