@@ -1,7 +1,8 @@
 """What computes a worker's model: plain torch on the CPU, or the Triton kernels on a GPU.
 
-`auto` takes Triton where there is a GPU and the worker hands nothing off: pages in a GPU's memory have no transport
-yet. Without a GPU the kernels run in Triton's interpreter only, thousands of times slower: a check, never a service.
+`auto` takes Triton where there is a GPU and what it needs is installed. There the pool is a block of the GPU's memory,
+of every role alike: a prefill and a decode worker hand its pages over by CUDA IPC or UCX (never run on a GPU).
+Without a GPU the kernels run in Triton's interpreter only, thousands of times slower: a check, never a service.
 A process sees one GPU: which one is for CUDA_VISIBLE_DEVICES to say.
 """
 
@@ -40,12 +41,12 @@ class Backend:
 ON_CPU = Backend()
 
 
-def backend_of(name: str, device: str, hands_off: bool) -> Backend:
+def backend_of(name: str, device: str) -> Backend:
     """From --backend (auto, torch, triton) and --device (auto, cpu, cuda). Raises ConfigError, naming the flag."""
     gpu = torch.cuda.is_available()
     if name == "auto":
-        wanted = device == "cuda" or (device == "auto" and gpu and not hands_off)
-        name = "triton" if wanted and find_spec("triton") else "torch"
+        wanted = device == "cuda" or (device == "auto" and gpu and not _missing())
+        name = "triton" if wanted else "torch"
     if device == "auto":
         device = "cuda" if gpu and name == "triton" else "cpu"
     if device == "cuda" and not gpu:
@@ -53,14 +54,23 @@ def backend_of(name: str, device: str, hands_off: bool) -> Backend:
     if name == "torch" and device != "cpu":
         raise ConfigError("--backend torch runs on the CPU alone: on a GPU the backend is triton, from baton[gpu]")
     if name == "triton":
-        _check_triton(device, hands_off)
+        _check_triton(device)
     return Backend(name, device)
 
 
-def _check_triton(device: str, hands_off: bool) -> None:
-    if not find_spec("triton"):
-        raise ConfigError("--backend triton: triton is not installed; baton[gpu] brings it")
+def _missing() -> list[str]:
+    """Of what a GPU takes."""
+    return [name for name in ("triton", "cuda.bindings") if not _is_there(name)]
+
+
+def _is_there(module: str) -> bool:
+    package, _, _ = module.partition(".")
+    return find_spec(package) is not None and find_spec(module) is not None
+
+
+def _check_triton(device: str) -> None:
+    missing = [name for name in _missing() if device != "cpu" or name == "triton"]
+    if missing:
+        raise ConfigError(f"--backend triton: {' and '.join(missing)} not installed; baton[gpu] brings all it needs")
     if device == "cpu" and os.environ.get(INTERPRETER) != "1":
         raise ConfigError(f"--backend triton needs a GPU; without one only Triton's interpreter ({INTERPRETER}=1)")
-    if device != "cpu" and hands_off:
-        raise ConfigError("--backend triton: pages in a GPU's memory cannot be handed off yet: only role aggregated")

@@ -24,6 +24,11 @@ ADVICE = (  # what the trouble says, and what helps; the first that fits
         "pairs with --expect-transport ucx",
     ),
     ("different users", "start both workers as the same user: memory is shared between processes of one user alone"),
+    (
+        "lie in",  # of pools: one in a GPU's memory, one in the host's
+        "give both tiers the same --device, so that they can share memory on one machine, or both UCX: --transport "
+        "auto or ucx, and the extra `ucx` with CUDA where the GPU is",
+    ),
     ("different machines", "place the two on one machine, or give the workers UCX: --transport auto or ucx"),
     ("expected ucx over", "see what UCX finds (`ucx_info -d`), and the workers' --ucx-tls and --ucx-net-devices"),
     ("does not have it", "start both workers with the same --transport, and install the extra `ucx` on both"),

@@ -32,6 +32,7 @@ from engine.intake import Intake
 from engine.memory import SCRATCH_PAGES, page_layout, pages_that_fit, weight_bytes
 from engine.model import Model
 from engine.weights import Progress, load_model, target_dtype
+from kvtransfer.frames import PROOF_FRAMES
 
 if TYPE_CHECKING:
     from engine.attention_configs import AttentionConfigs
@@ -134,7 +135,7 @@ def _pages_on_device(
         raise StartupError(f"the largest step was tried, and failed: {error.message}; {advice}") from error
     torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info(where)
-    return pages_beside(free_bytes, taken_bytes, layout, context)
+    return pages_beside(free_bytes, taken_bytes + PROOF_FRAMES * layout.page_bytes, layout, context)
 
 
 def _pages(config: ModelConfig, layout: PageLayout, context: int, wish: PoolWish, available: Callable[[], int]) -> int:

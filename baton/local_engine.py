@@ -42,7 +42,7 @@ class EngineWish:
 
 def load_with_bar(checkpoint: Path, wish: EngineWish, show: bool) -> LoadedModel:
     """Raises CheckpointError, ConfigError and TooLittleMemory."""
-    backend = backend_of(wish.backend, wish.device, hands_off=False)
+    backend = backend_of(wish.backend, wish.device)
     step = (wish.step_tokens, Limits().max_rows)
     if not show:
         return load(checkpoint, wish.dtype, wish.pool, backend=backend, step=step)

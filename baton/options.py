@@ -27,13 +27,14 @@ class WorkerOptions:
     advertise: str = option("", help="where peers reach it, when that is not where it listens")
     transport: str = option(
         "auto",
-        help="how pages come and go: auto takes shm on one host and ucx otherwise, pair by pair",
-        choices=("auto", "shm", "ucx"),
+        help="how pages come and go: local shares memory on one host, shm the host's or cuda a GPU's, as the pool is; "
+        "ucx reaches others; auto takes local on one host and ucx otherwise, pair by pair",
+        choices=("auto", "local", "shm", "cuda", "ucx"),
     )
     ucx_tls: str = option("all", help="what UCX may run over, as in UCX_TLS: 'tcp', 'rc,cuda', ...")
     ucx_net_devices: str = option("all", help="network devices of UCX, as in UCX_NET_DEVICES: 'mlx5_0:1', 'eth0', ...")
     expect_transport: str = option(
-        "", help="what pairs are to use: 'shm', 'ucx', or 'ucx:rc' for a lane; anything else is a fall-back"
+        "", help="what pairs are to use: 'shm', 'cuda', 'ucx', or 'ucx:rc' for a lane; anything else is a fall-back"
     )
     on_fallback: str = option(
         "warn", help="a pair that cannot use what is expected: warn and go on, or refuse it", choices=("warn", "error")
@@ -45,7 +46,7 @@ class WorkerOptions:
     )
     backend: str = option(
         "auto",
-        help="what computes: torch on the CPU, triton on a GPU; auto: triton where a GPU is and nothing is handed off",
+        help="what computes: torch on the CPU, triton on a GPU; auto: triton where a GPU is, and baton[gpu]",
         choices=("auto", "torch", "triton"),
     )
     device: str = option("auto", help="where it computes", choices=("auto", "cpu", "cuda"))
@@ -121,6 +122,11 @@ def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
             choices=item.metadata["choices"],
             help=item.metadata["help"],
         )
+
+
+def choices_of(options: type[Any], name: str) -> tuple[str, ...]:
+    """What one of the options may be."""
+    return next(item.metadata["choices"] for item in fields(options) if item.name == name)
 
 
 def from_args(options: type[T], args: argparse.Namespace) -> T:

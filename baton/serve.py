@@ -19,7 +19,7 @@ from baton.children import Child, Hooks
 from baton.credentials import DIGESTS, tls_in, write_key
 from baton.loading import LoadingBar
 from baton.model_facts import context_tokens
-from baton.options import RouterOptions, WorkerOptions, to_flags
+from baton.options import RouterOptions, WorkerOptions, choices_of, to_flags
 from baton.ports import bind
 from baton.registry_url import for_children
 from baton.reports import Report
@@ -30,6 +30,7 @@ from engine.config import ModelConfig, read_config
 
 STOP_S = 3.5  # from SIGTERM to SIGKILL of the children
 MAX_ROUTERS = 64
+TRANSPORTS, BACKENDS, DEVICES = (choices_of(WorkerOptions, name) for name in ("transport", "backend", "device"))
 PREFILL_NICE = 19  # on shared cores decode goes first; prefill has a floor (see DecodePolicy)
 
 
@@ -64,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill-share", type=float, default=0.5, help="of shared cores, for a prefill that has waited 500 ms")
     add("--digest", default="xxh3-64", choices=DIGESTS, help="of pages that move; blake3 is keyed, against forgers")
     add("--tls", default="", metavar="DIR", help="mutual TLS, with ca.crt and ROLE.crt, ROLE.key of each role in there")
-    add("--transport", default="shm", choices=("shm", "ucx", "auto"), help="how pages move; here shm is the fastest")
+    add("--transport", default="local", choices=TRANSPORTS, help="how pages move; local: by shared memory")
+    add("--backend", default="auto", choices=BACKENDS, help="what computes: torch on the CPU, triton on a GPU")
+    add("--device", default="auto", choices=DEVICES, help="where workers compute; those of one GPU need --kv-memory")
     add("--ray", action="store_true", help="the same on a Ray cluster that it starts here, a deployment for each tier")
     add("--registry", default="", metavar="URL", help="a running Redis, where routers share limits")
     add("--registry-prefix", default="baton", metavar="NAME", help="what its keys begin with there")
@@ -177,6 +180,8 @@ class Launcher:
             local_prefill=128 if args.local_prefill == "auto" else int(args.local_prefill),
             threads=args.threads,
             transport=args.transport,
+            backend=args.backend,
+            device=args.device,
             nice=PREFILL_NICE if role == "prefill" else 0,
             prefill_share=args.prefill_share,
             served_name=args.served_model_name or self._checkpoint.name,

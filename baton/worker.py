@@ -24,7 +24,7 @@ import setproctitle
 import uvloop
 
 from baton import lifeline
-from baton.backends import backend_of
+from baton.backends import Backend, backend_of
 from baton.composition import Limits, Machine, Model, Worker
 from baton.credentials import digest_of, keys_of, tickets_of, tls_of
 from baton.drain import Drain
@@ -108,11 +108,12 @@ class WorkerProcess:
     async def serve(self) -> int:
         """The exit code: 1 when the engine's loop has ended by an error of ours. Raises StartupError."""
         check_address(self._options.listen, self._options.advertise)
-        paths = paths_for(self._options, monotonic_s)
+        backend = backend_of(self._options.backend, self._options.device)
+        paths = paths_for(self._options, monotonic_s, backend.on_gpu)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
-        loading = asyncio.ensure_future(loop.run_in_executor(self._compute, self._load))
+        loading = asyncio.ensure_future(loop.run_in_executor(self._compute, self._load, backend))
         stop = asyncio.create_task(self._told.wait())
         either: set[asyncio.Future[Any]] = {loading, stop}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -133,7 +134,7 @@ class WorkerProcess:
             self._compute.shutdown()
             stop.cancel()
 
-    def _load(self) -> tuple[LoadedModel, Frames, Executor]:
+    def _load(self, backend: Backend) -> tuple[LoadedModel, Frames, Executor]:
         """On the compute thread: torch's own threads are made by it, with its priority."""
         o = self._options
         wish = PoolWish(o.page_size, o.pages, o.kv_bytes, o.max_context)
@@ -143,7 +144,6 @@ class WorkerProcess:
             weights[:] = done, total
             self._report(Report("loading", done, total))
 
-        backend = backend_of(o.backend, o.device, o.role != Role.AGGREGATED.value)
         step = (o.step_tokens, o.max_rows)
         loaded = load(Path(o.model), o.dtype, wish, weights_loaded, backend=backend, step=step)
 

@@ -1,7 +1,9 @@
-"""Small copies between the host and a device that the host does not wait for."""
+"""What passes between the host and a device without waiting: small copies; and where the host does wait, for what."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy.typing as npt
@@ -32,3 +34,30 @@ class HostCopy:
         if self._event is not None:
             self._event.synchronize()
         return self._copy
+
+
+class Fence:
+    """Behind all that has been launched on this thread's stream so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> None:
+        """Return when the device has done it."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+@contextmanager
+def beside_the_steps(device: torch.device) -> Iterator[None]:
+    """What is launched inside waits for no step in flight, and the device has done it at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

@@ -1,7 +1,7 @@
 """The pool in a device's memory: one block, as large as the weights and the largest step leave room for.
 
-The block is one allocation that never moves: a base address and a length, which is what CUDA IPC exports and UCX
-registers. Neither is done yet: pages in a GPU's memory have no transport.
+The block is the hand-off's (kvtransfer/device_memory.py): one allocation that never moves, a base address and a length,
+which is what CUDA IPC exports and UCX registers. The engine lays its tensor over it, and owns nothing there.
 
 The largest step is run over a pool of two pages, with every row reading and writing the same page: what it computes is
 thrown away, what it allocates is measured. Captured decode steps keep their memory, so they are measured as well.
@@ -9,6 +9,7 @@ thrown away, what it allocates is measured. Captured decode steps keep their mem
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,20 @@ def frames_over(memory: memoryview, layout: PageLayout) -> torch.Tensor:
     return flat.view(-1, *_shape(layout))
 
 
+def pool_over(address: int, layout: PageLayout, pages: int, device: torch.device) -> torch.Tensor:
+    """[N, K, L, 2, P, D] over memory of the device, or of the host for a CPU, which must outlive it. Nothing moves."""
+    size = pages * layout.page_bytes
+    if device.type == "cpu":
+        memory = (ctypes.c_uint8 * size).from_address(address)
+        flat = torch.frombuffer(memory, dtype=torch.uint8)
+    else:
+        flat = torch.as_tensor(_Described(address, size))
+        assert flat.device.type == device.type and flat.data_ptr() == address, (flat.device, device)
+    return flat.view(getattr(torch, layout.dtype)).view(-1, *_shape(layout))
+
+
 def pool_on_device(layout: PageLayout, pages: int, device: torch.device) -> torch.Tensor:
-    """[N, K, L, 2, P, D], zeroed: nobody reads what another process left there."""
+    """[N, K, L, 2, P, D] of torch's own, zeroed: for what is measured, and never handed off."""
     return torch.zeros(pages, *_shape(layout), dtype=getattr(torch, layout.dtype), device=device)
 
 
@@ -81,6 +94,15 @@ def pages_beside(free_bytes: int, taken_bytes: int, layout: PageLayout, max_cont
             f"{needed}; allow smaller steps, or a shorter maximal context"
         )
     return pages
+
+
+class _Described:
+    """Bytes on a device as libraries know them by."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 2,
+        }  # fmt: skip
 
 
 def _shape(layout: PageLayout) -> tuple[int, ...]:

@@ -1,8 +1,12 @@
 """Runs batches with the Triton kernels: decode steps as captured graphs, steps with longer rows launched one by one.
 
-`execute` is `launch` and then `finish`: only the second waits for the device. The engine's loop calls them together
-today; a loop that plans ahead may launch the next step in between (engine/decode_graphs.py says how it names a token
-that it does not know yet).
+`execute` is `launch` and then `finish`: only the second waits for the device, and it always waits until the whole step
+is done, tokens or not. What follows from its end, on the host or on any stream, is after every write of the step: pages
+are offered to peers, given back at the step fence, and filled by what a peer has sent. A page that has landed was
+waited for by the host, so any step that is launched then reads it whole.
+
+The engine's loop calls the two together today; a loop that plans ahead may launch the next step in between
+(engine/decode_graphs.py says how it names a token that it does not know yet).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from core.errors import EngineError, StartupError
 from engine.attention_configs import AttentionConfigs
 from engine.batch import Batch, PageCopy, Row, RowResult
 from engine.decode_graphs import LAST_SAMPLED, DecodeGraphs
-from engine.device_copy import to_device
+from engine.device_copy import Fence, beside_the_steps, to_device
 from engine.device_sampler import Sampling, on_device
 from engine.model import Attend, Model, Rotary
 from engine.row_slots import BUCKETS, Held, RowSlots, bucket_for
@@ -40,6 +44,7 @@ class Launched(NamedTuple):
     sound: tuple[Row, ...]
     faults: tuple[str | None, ...]
     sampling: Sampling | None
+    done: Fence
     kept: tuple[tuple[int, Held], ...] = ()  # (sound row, its slot) where the device keeps the token for the next step
 
 
@@ -84,14 +89,15 @@ class TritonExecutor:
                 sampling, kept = self._decode(sound) if sound and decodes else (self._mixed(sound), ())
         except ERRORS as error:
             raise self._failed(batch, error) from error
-        return Launched(batch, sound, faults, sampling, kept)
+        return Launched(batch, sound, faults, sampling, Fence(self._frames.device), kept)
 
     def finish(self, launched: Launched) -> list[RowResult]:
-        """Wait for a step's tokens. Raises EngineError."""
+        """Wait for a step, its tokens first. Raises EngineError."""
         results = [RowResult() for _ in launched.sound]
         try:
             if launched.sampling is not None:
                 results = by_row(launched.sound, launched.sampling.results())
+            launched.done.wait()
         except ERRORS as error:
             raise self._failed(launched.batch, error) from error
         for i, held in launched.kept:
@@ -111,10 +117,17 @@ class TritonExecutor:
             ) from error
 
     def zero_tail(self, page: int, used_tokens: int) -> None:
-        self._frames[page, :, :, :, used_tokens:].zero_()
+        """Waits: the page may be digested and offered at once."""
+        with beside_the_steps(self._frames.device):
+            self._frames[page, :, :, :, used_tokens:].zero_()
 
     def _failed(self, batch: Batch, error: BaseException) -> EngineError:
-        self._slots.forget()  # what reached the device is not known
+        """What reached the device is not known; it is done when this returns, so that its pages can be given back."""
+        self._slots.forget()
+        try:
+            Fence(self._frames.device).wait()
+        except ERRORS:
+            pass  # the device is lost, and every later step says so
         return EngineError(f"a step of {batch.tokens} tokens failed: {error}")
 
     def _copy(self, copies: Sequence[PageCopy]) -> None:

@@ -2,6 +2,8 @@
 
     [pages + 2][page_bytes]   pad to 4096   [pages + 2] u64 epochs
 
+A pool on a device has its frames in one block of the device, and only the epochs in the host's memory.
+
 Two frames lie beyond the pool's pages, and no sequence ever owns them: the pattern, which peers fetch to prove the path
 from here, and the landing, where our own proofs arrive. Only a proof may touch them, and it may touch nothing else.
 
@@ -18,17 +20,18 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from core.errors import OutOfBounds
 from core.layout import PageLayout
+from kvtransfer.device_memory import Block, DeviceMemory
+from kvtransfer.digest import SegmentDigest, digest_page
 
 ALIGN = mmap.PAGESIZE
 EPOCH_BYTES = 8
 PROOF_FRAMES = 2  # the pattern, then the landing
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python names it from 3.13 on
-MAP_NORESERVE = 0x4000  # linux/mman.h; Python names it from 3.13 on
 MADV_POPULATE_WRITE = 23  # linux/mman.h, Linux 5.14
 FAULT_STEP_BYTES = 64 << 20
 
@@ -63,19 +66,41 @@ class Frames:
     """Owns the memory. `buffer` is for the engine (writable, pages * page_bytes), `epochs` for the pool.
 
     `everything` is for transports: the pool's pages, the pattern and the landing. The epoch of these two is always 0.
+    Where the pages lie on a device there is neither: there is `block`, on `device`.
     """
 
-    def __init__(self, layout: PageLayout, pages: int, memory: mmap.mmap, fd: int | None) -> None:
+    def __init__(
+        self,
+        layout: PageLayout,
+        pages: int,
+        memory: mmap.mmap,
+        fd: int | None,
+        device: DeviceMemory | None = None,
+        block: Block | None = None,
+    ) -> None:
         self.layout = layout
         self.pages = pages
         self.fd = fd
+        self.device = device
+        self.block = block
         self._memory = memory
+        host_bytes = layout.page_bytes if block is None else 0  # of each frame
         whole = memoryview(memory)
-        at = epochs_offset(pages, layout.page_bytes)
-        self.everything = whole[: (pages + PROOF_FRAMES) * layout.page_bytes]
-        self.buffer = whole[: pages * layout.page_bytes]
+        at = epochs_offset(pages, host_bytes)
+        self._everything = whole[: (pages + PROOF_FRAMES) * host_bytes]
+        self._buffer = whole[: pages * host_bytes]
         self.epochs = whole[at : at + pages * EPOCH_BYTES].cast("Q")
         whole.release()
+
+    @property
+    def everything(self) -> memoryview:
+        assert self.block is None, "the pages lie on a device"
+        return self._everything
+
+    @property
+    def buffer(self) -> memoryview:
+        assert self.block is None, "the pages lie on a device"
+        return self._buffer
 
     @classmethod
     def anonymous(cls, layout: PageLayout, pages: int, progress: Progress | None = None) -> Frames:
@@ -87,26 +112,18 @@ class Frames:
     @classmethod
     def shared(cls, layout: PageLayout, pages: int, progress: Progress | None = None) -> Frames:
         """Memory that another process can map for reading, given the file descriptor."""
-        size = memory_bytes(pages, layout.page_bytes)
-        fd = os.memfd_create("baton-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(fd, size)
-            memory = mmap.mmap(fd, size)
-            _fault_in(memory, size, progress)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS | F_SEAL_FUTURE_WRITE)
-        except OSError:
-            os.close(fd)
-            raise
+        memory, fd = _shared_memory(memory_bytes(pages, layout.page_bytes), progress)
         return cls(layout, pages, memory, fd)
 
     @classmethod
-    def on_device(cls, layout: PageLayout, pages: int) -> Frames:
-        """The bookkeeping of a pool whose pages lie in a device's memory: epochs, and the two frames of proofs.
+    def on_device(cls, layout: PageLayout, pages: int, device: DeviceMemory) -> Frames:
+        """Pages, pattern and landing in one block of the device; epochs that another process can map for reading.
 
-        `buffer` is address space that nobody touches, so it takes no memory; nothing can be fetched from it or into it.
+        Raises TooLittleMemory.
         """
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        return cls(layout, pages, mmap.mmap(-1, memory_bytes(pages, layout.page_bytes), flags=flags), None)
+        block = device.allocate((pages + PROOF_FRAMES) * layout.page_bytes)
+        memory, fd = _shared_memory(memory_bytes(pages, 0), None)
+        return cls(layout, pages, memory, fd, device, block)
 
     @property
     def pattern(self) -> int:
@@ -126,6 +143,19 @@ class Frames:
         size = self.layout.page_bytes
         return self.everything[index * size : (index + 1) * size]
 
+    def write(self, index: int, content: bytes) -> None:
+        """Fill one frame, which has been checked, wherever it lies. Waits for the device."""
+        if self.device is not None and self.block is not None:
+            self.device.write(self.block, index * self.layout.page_bytes, content)
+        else:
+            self.frame(index)[:] = content
+
+    def digests(self, indices: Sequence[int], of: SegmentDigest) -> list[bytes]:
+        """Of each of these frames, which have been checked, where it lies. Blocks; raises PeerLost with the device."""
+        if self.device is not None and self.block is not None:
+            return self.device.digests(self.block, self.layout, indices, of)
+        return [digest_page(self.everything, self.layout, index, of) for index in indices]
+
     def epoch(self, index: int) -> int:
         """Of one frame, which has been checked."""
         return self.epochs[index] if index < self.pages else 0
@@ -144,17 +174,37 @@ class Frames:
             raise OutOfBounds(f"frame {index} as the target in a pool of {self.pages}")
 
     def close(self) -> None:
-        """Give the memory back, unless somebody still looks at it: then it goes with the last view."""
+        """Give the memory back, unless somebody still looks at it: then it goes with the last view.
+
+        A block of a device goes at once: nothing may be under way there, and no peer may have it mapped.
+        """
+        if self.device is not None and self.block is not None:
+            self.device.close(self.block)
+            self.device = None
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
         try:
-            self.everything.release()
-            self.buffer.release()
+            self._everything.release()
+            self._buffer.release()
             self.epochs.release()
             self._memory.close()
         except BufferError:
             pass  # a tensor of the engine still lies over it
+
+
+def _shared_memory(size: int, progress: Progress | None) -> tuple[mmap.mmap, int]:
+    """A sealed memfd, faulted in, and its descriptor."""
+    fd = os.memfd_create("baton-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        memory = mmap.mmap(fd, size)
+        _fault_in(memory, size, progress)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS | F_SEAL_FUTURE_WRITE)
+    except OSError:
+        os.close(fd)
+        raise
+    return memory, fd
 
 
 def _fault_in(memory: mmap.mmap, size: int, progress: Progress | None) -> None:

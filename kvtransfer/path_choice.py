@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from core.errors import ConfigError
-from kvtransfer.host import Host, why_no_shared_memory
+from kvtransfer.host import Host, why_no_shared_device, why_no_shared_memory
 from kvtransfer.proof import Measure
 
-SHARED_MEMORY = "shm"  # the one transport that asks for one host
+OF_ONE_HOST = MappingProxyType({"shm": why_no_shared_memory, "cuda": why_no_shared_device})  # with what bars each
 PAUSE_S = (0.5, 30.0)  # first and longest, before a transport that has failed is tried again
 
 
@@ -77,12 +78,13 @@ def routes_to(
     mine: Host, theirs: Host, order: Sequence[str], offered: Mapping[str, bytes], expect: Expectation = ANY
 ) -> list[Route]:
     """Every transport of ours with what speaks against it; best first, and an expected one before all others."""
+    mixed = bool(mine.device) != bool(theirs.device)  # says more than that the peer lacks what could not serve it
     routes = []
     for name in sorted(order, key=lambda name: name != expect.transport):
-        barrier = why_no_shared_memory(mine, theirs) if name == SHARED_MEMORY else ""
+        barrier = OF_ONE_HOST[name](mine, theirs) if name in OF_ONE_HOST else ""
         if expect.strict and expect.transport and name != expect.transport:
             barrier = f"only {expect.transport} may be used here"
-        if name not in offered:
+        if name not in offered and not (mixed and barrier):
             barrier = "the peer does not have it"
         routes.append(Route(name, offered.get(name, b""), barrier))
     return routes

@@ -20,7 +20,11 @@ MAX_NAME_CHARS = 32
 
 @dataclass(frozen=True, slots=True)
 class PathDescriptor:
-    """As JSON: {"version": 1, "host": {...}, "pages": n, "seed": hex, "transports": {name: base64}}."""
+    """As JSON: {"version": 1, "host": {...}, "pages": n, "seed": hex, "transports": {name: base64}}.
+
+    `host` names a device only where the pool is on one: a worker that knows of none understands all others, and hears
+    from such a pool that it is another kind of descriptor.
+    """
 
     host: Host
     pages: int  # of the pool: says which frame is the pattern
@@ -30,7 +34,10 @@ class PathDescriptor:
     def encode(self) -> bytes:
         """Raises HandoffError when a transport's own descriptor is too large for a message."""
         encoded = {name: base64.b64encode(inner).decode() for name, inner in self.transports.items()}
-        fields = {"host": asdict(self.host), "pages": self.pages, "seed": self.seed.hex(), "transports": encoded}
+        host = asdict(self.host)
+        if not self.host.device:
+            del host["device"]
+        fields = {"host": host, "pages": self.pages, "seed": self.seed.hex(), "transports": encoded}
         text = json.dumps({"version": VERSION, **fields}).encode()
         if len(text) > MAX_BYTES:
             raise HandoffError(f"a descriptor of {len(text)} bytes, over {MAX_BYTES}")
@@ -54,7 +61,8 @@ class PathDescriptor:
 def _checked(host: dict[str, object], pages: int, seed: str, transports: dict[str, str]) -> PathDescriptor:
     """Raises ValueError or TypeError."""
     found = Host(**host)  # type: ignore[arg-type]
-    kinds = ((found.boot_id, str), (found.network, int), (found.uid, int), (pages, int), (seed, str))
+    of_host = ((found.device, str), (found.boot_id, str), (found.network, int), (found.uid, int))
+    kinds = (*of_host, (pages, int), (seed, str))
     if any(type(value) is not kind for value, kind in kinds) or pages < 1 or len(transports) > MAX_TRANSPORTS:
         raise ValueError("a field of another kind")
     if any(len(name) > MAX_NAME_CHARS for name in transports):

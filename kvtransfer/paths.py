@@ -1,9 +1,9 @@
 """A transport made of several: each pair of workers uses the best that works between the two, and proves it first.
 
-shm serves workers of one host, ucx all others. A path counts for nothing before the peer's pattern has come over it
-unharmed. It is measured then, and again from time to time. One that fails is cut off, so that nothing of it can land
-any more, and the next one is tried; after a pause the better one is met again, by a new session, and tried beside the
-running hand-offs. Which one is right is decided in `path_choice`.
+shm serves workers of one host, cuda those of them whose pools lie in memory of GPUs, ucx all others. A path counts for
+nothing before the peer's pattern has come over it unharmed. It is measured then, and again from time to time. One that
+fails is cut off, so that nothing of it can land any more, and the next one is tried; after a pause the better one is
+met again, by a new session, and tried beside the running hand-offs. Which one is right is decided in `path_choice`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from core.clock import Clock
 from core.errors import HandoffError, PeerLost
@@ -102,7 +102,9 @@ class Paths:
 
     async def serve(self, frames: Frames, digest: SegmentDigest) -> None:
         self._frames, self._digest = frames, digest
-        frames.frame(frames.pattern)[:] = pattern(self._seed, frames.layout.page_bytes)
+        if frames.device is not None:
+            self._host = replace(self._host, device=frames.device.name)
+        frames.write(frames.pattern, pattern(self._seed, frames.layout.page_bytes))
         for transport in self._transports.values():
             await transport.serve(frames, digest)
 

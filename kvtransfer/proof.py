@@ -72,9 +72,8 @@ class Proof:
 
     async def _fetch(self, pages: int) -> float:
         """Seconds."""
-        landing = self._frames.frame(self._frames.landing)
-        landing[:] = bytes(len(landing))  # what an earlier proof has left would prove anything
-        landing.release()
+        frames = self._frames  # what an earlier proof has left would prove anything
+        frames.write(frames.landing, bytes(frames.layout.page_bytes))
         began_s = self._clock()
         arrivals = await self._transport.fetch(self._peer, PROOF_STREAM, [self._piece] * pages)
         took_s = self._clock() - began_s

@@ -1,6 +1,7 @@
 """Who may map a pool: its file descriptor is handed over on an abstract Unix socket, to our own uid, for the token.
 
-An abstract socket has no name in a file system and vanishes with its process.
+The descriptor is of all that the host's memory has of the pool. Of one on a device that is the epochs alone, and the
+handle of its block comes along. An abstract socket has no name in a file system and vanishes with its process.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import socket
 import struct
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from core.errors import HandoffError, PeerLost
+from kvtransfer.device_memory import MAX_HANDLE_BYTES
 from kvtransfer.frames import SEALS, Frames, memory_bytes
 
 log = logging.getLogger(__name__)
@@ -24,6 +27,7 @@ DESCRIPTOR_VERSION = 2  # 2: the pool holds two more frames, for proofs
 TOKEN_BYTES = 16
 UCRED = struct.Struct("3i")  # pid, uid, gid
 BACKLOG = 128
+GIVEN = b"\1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +39,19 @@ class PoolAddress:
     pages: int
     page_bytes: int
     version: int = DESCRIPTOR_VERSION
+    on_device: bool = False
 
     @property
     def size(self) -> int:
-        return memory_bytes(self.pages, self.page_bytes)
+        """Of what the file descriptor maps."""
+        return memory_bytes(self.pages, 0 if self.on_device else self.page_bytes)
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        """A pool in the host's memory is described as it was before there were others."""
+        fields = asdict(self)
+        if not self.on_device:
+            del fields["on_device"]
+        return json.dumps(fields).encode()
 
     @classmethod
     def decode(cls, descriptor: bytes) -> PoolAddress:
@@ -50,11 +60,18 @@ class PoolAddress:
             address = cls(**json.loads(descriptor))
         except (ValueError, TypeError) as error:
             raise HandoffError(f"not a descriptor of a shared pool: {error}") from error
-        kinds = {"socket": str, "token": str, "pages": int, "page_bytes": int, "version": int}
+        kinds = {"socket": str, "token": str, "pages": int, "page_bytes": int, "version": int, "on_device": bool}
         wrong = [name for name, kind in kinds.items() if type(getattr(address, name)) is not kind]
         if wrong or address.version != DESCRIPTOR_VERSION or not (address.pages > 0 < address.page_bytes):
             raise HandoffError(f"a descriptor of another version, or broken: {', '.join(wrong) or address.version}")
         return address
+
+
+class Lent(NamedTuple):
+    """What a peer has handed over. The descriptor is ours to close."""
+
+    fd: int
+    handle: bytes  # of the block, where the pool is on a device
 
 
 class PoolSocket:
@@ -63,9 +80,12 @@ class PoolSocket:
     def __init__(self, frames: Frames, *, name: str, token: bytes, patience_s: float = 1.0) -> None:
         assert frames.fd is not None, "anonymous frames cannot be handed over"
         self._fd = frames.fd
+        self._handle = frames.block.handle if frames.block is not None else b""
         self._token = token
         self._patience_s = patience_s
-        self.address = PoolAddress(name, token.hex(), frames.pages, frames.layout.page_bytes)
+        self.address = PoolAddress(
+            name, token.hex(), frames.pages, frames.layout.page_bytes, on_device=frames.block is not None
+        )
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.setblocking(False)
         self._socket.bind(f"\0{name}")
@@ -95,7 +115,7 @@ class PoolSocket:
                 return
             shown += more
         if hmac.compare_digest(shown, self._token):
-            socket.send_fds(connection, [b"\1"], [self._fd])
+            socket.send_fds(connection, [GIVEN, self._handle], [self._fd])
         else:
             log.warning("refused our pool: wrong token")
 
@@ -105,8 +125,8 @@ class PoolSocket:
         self._socket.close()
 
 
-async def ask_for_pool(address: PoolAddress, patience_s: float) -> int:
-    """The file descriptor of a peer's pool, checked: same uid, sealed, of the size it says. Raises PeerLost."""
+async def ask_for_pool(address: PoolAddress, patience_s: float) -> Lent:
+    """A peer's pool, its descriptor checked: same uid, sealed, of the size it says. Raises PeerLost."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.setblocking(False)
     loop = asyncio.get_running_loop()
@@ -118,14 +138,14 @@ async def ask_for_pool(address: PoolAddress, patience_s: float) -> int:
                     raise PeerLost("the pool's socket belongs to another user")
                 await loop.sock_sendall(connection, bytes.fromhex(address.token))
                 await _readable(connection)
-            _, fds, _, _ = socket.recv_fds(connection, 1, 1)
+            said, fds, _, _ = socket.recv_fds(connection, len(GIVEN) + MAX_HANDLE_BYTES, 1)
         except (OSError, TimeoutError, ValueError) as error:
             raise PeerLost(f"the peer's pool cannot be reached: {error!r}") from error
     if not fds:
         raise PeerLost("the peer did not hand its pool over")
     os.set_inheritable(fds[0], False)
     _check_pool(fds[0], address)
-    return fds[0]
+    return Lent(fds[0], said[len(GIVEN) :])
 
 
 async def _readable(connection: socket.socket) -> None:

@@ -22,7 +22,7 @@ from core.messages import Peer, Receipt, Token, WorkerId
 from kvtransfer import events as e
 from kvtransfer import fingerprint as prints
 from kvtransfer.chores import Chores
-from kvtransfer.digest import Digest, algorithm, digest_page
+from kvtransfer.digest import Digest, algorithm
 from kvtransfer.frames import Frames
 from kvtransfer.liveness import Timing
 from kvtransfer.messages import Grant, HandoffKey, Open, PageEntry, ToSource
@@ -262,10 +262,11 @@ class HandoffSource:
 
     def _with_digests(self, asked: e.Digest) -> tuple[PageEntry, ...]:
         """Off the loop. A page that was handed over before keeps the digests that it had then."""
-        return tuple(self._with_digest(entry, known=self._known.get(entry.page)) for entry in asked.entries)
-
-    def _with_digest(self, entry: PageEntry, known: PageEntry | None) -> PageEntry:
-        if known is not None and (known.epoch, known.block_hash) == (entry.epoch, entry.block_hash):
-            return replace(entry, digests=known.digests)
-        layout = self._frames.layout
-        return replace(entry, digests=digest_page(self._frames.buffer, layout, entry.page, self._digest.of))
+        digests: dict[int, bytes] = {}
+        for entry in asked.entries:
+            known = self._known.get(entry.page)
+            if known is not None and (known.epoch, known.block_hash) == (entry.epoch, entry.block_hash):
+                digests[entry.page] = known.digests
+        new = [entry.page for entry in asked.entries if entry.page not in digests]
+        digests.update(zip(new, self._frames.digests(new, self._digest.of), strict=True))
+        return tuple(replace(entry, digests=digests[entry.page]) for entry in asked.entries)

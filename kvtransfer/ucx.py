@@ -21,6 +21,7 @@ from core.clock import Clock, monotonic_s
 from core.errors import PeerLost
 from core.messages import WorkerId
 from kvtransfer import ucx_settings
+from kvtransfer.device_memory import DeviceMemory
 from kvtransfer.digest import SegmentDigest
 from kvtransfer.frames import Frames
 from kvtransfer.transport import Arrival, Piece
@@ -73,17 +74,20 @@ class UcxTransport:
 
     async def serve(self, frames: Frames, digest: SegmentDigest) -> None:
         assert self._house is None, "one pool per transport"
+        region = Region.of_pool(frames)
+        if region.on_gpu:
+            self.settings = ucx_settings.with_gpu(self.settings)
         log.info("UCX %s: %s", self._library.version, " ".join(f"{k}={v}" for k, v in sorted(self.settings.items())))
         thread = ProgressThread(self._clock, self._spin_s)
         try:
-            context = await _answer(thread.call(self._open))
+            context = await _answer(thread.call(lambda: self._open(frames.device)))
         except BaseException:
             thread.stop()
             raise
-        self._held = memoryview(frames.everything)
+        self._held = memoryview(frames.everything) if frames.block is None else None
         self._house = House(
             context=context,
-            pool=Pool(frames, Region.of(frames.everything), digest),
+            pool=Pool(frames, region, digest),
             thread=thread,
             clock=self._clock,
             random_bytes=self._random_bytes,
@@ -92,8 +96,10 @@ class UcxTransport:
             on_lanes=self._fabric.check,
         )
 
-    def _open(self) -> Context:
-        """With a worker made and destroyed: only that opens the devices."""
+    def _open(self, device: DeviceMemory | None) -> Context:
+        """With a worker made and destroyed: only that opens the network's devices. A GPU is current before that."""
+        if device is not None:
+            device.enter()
         context = self._library.context(self.settings)
         context.worker().close()
         return context

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from core.errors import HandoffError, OutOfBounds, PeerLost, StalePage
-from kvtransfer.digest import SegmentDigest, digest_page
+from kvtransfer.digest import SegmentDigest
 from kvtransfer.frames import Frames
 from kvtransfer.transport import PROOF_STREAM, Arrival, Piece
 from kvtransfer.ucx_calls import Request
@@ -63,7 +63,7 @@ class Pool:
         return self.region.part(index * size, size)
 
     def digests(self, index: int) -> bytes:
-        return digest_page(self.frames.everything, self.frames.layout, index, self.digest)
+        return self.frames.digests([index], self.digest)[0]
 
 
 class Asking:

@@ -14,12 +14,14 @@ LIBRARY = "libucp.so.0"  # loaded by ucxx
 EP_NAME_BYTES, SOCKADDR_BYTES = 32, 128  # ucp.h
 EP_FIELD_TRANSPORTS = 1 << 3
 MAX_LANES = 16
+OP_FIELD_MEMORY_TYPE = 1 << 6
+MEMORY_TYPE_CUDA = 1  # ucs/memory/memory_type.h
 OK, IN_PROGRESS, LAST_ERROR = 0, 1, -100  # ucs_status_t
 FIRST_ERROR_POINTER = 2**64 + LAST_ERROR  # a call that fails at once returns the status as a pointer
 
 
 class _Parameters(ctypes.Structure):
-    """ucp_request_param_t. All zero: contiguous bytes, no callback."""
+    """ucp_request_param_t. All zero: contiguous bytes, no callback, and UCX finds out where they lie."""
 
     _fields_ = (
         ("mask", c_uint32),
@@ -67,7 +69,8 @@ class Calls:
 
     def __init__(self) -> None:
         ucp = ctypes.CDLL(LIBRARY)
-        self._parameters = _Parameters()
+        on_gpu = _Parameters(mask=OP_FIELD_MEMORY_TYPE, memory_type=MEMORY_TYPE_CUDA)
+        self._parameters = {False: _Parameters(), True: on_gpu}
         self._send = ucp.ucp_tag_send_nbx
         self._send.argtypes = (c_void_p, c_void_p, c_size_t, c_uint64, c_void_p)
         self._send.restype = c_void_p
@@ -85,8 +88,9 @@ class Calls:
         self._free = held.ucp_request_free
         self._free.argtypes, self._free.restype = (c_void_p,), None
 
-    def send(self, endpoint: int, address: int, length: int, tag: int) -> Request:
-        return Request(self, self._send(endpoint, address, length, tag, byref(self._parameters)))
+    def send(self, endpoint: int, address: int, length: int, tag: int, on_gpu: bool) -> Request:
+        """UCX is told of memory on a GPU: its own finding out keeps books that allocations of others escape."""
+        return Request(self, self._send(endpoint, address, length, tag, byref(self._parameters[on_gpu])))
 
     def probe(self, worker: int) -> tuple[int, int, int] | None:
         """Tag, length and handle of the next message under whatever tag. It must be received."""
@@ -94,8 +98,8 @@ class Calls:
         handle = self._probe(worker, 0, 0, 1, byref(arrived))
         return (arrived.tag, arrived.length, handle) if handle else None
 
-    def receive(self, worker: int, message: int, address: int, length: int) -> Request:
-        return Request(self, self._receive(worker, address, length, message, byref(self._parameters)))
+    def receive(self, worker: int, message: int, address: int, length: int, on_gpu: bool) -> Request:
+        return Request(self, self._receive(worker, address, length, message, byref(self._parameters[on_gpu])))
 
     def lanes(self, endpoint: int) -> tuple[str, ...]:
         """Empty where UCX does not say."""

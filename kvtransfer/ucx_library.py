@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import ConfigError, PeerLost
+from kvtransfer.frames import Frames
 from kvtransfer.ucx_calls import Calls, Request
 
 SETTLE_TURNS = 1000  # of progress, after an endpoint was closed: two are enough
@@ -22,19 +23,27 @@ SWEEP_AT = 64  # requests that are remembered, before those are forgotten that a
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Memory as UCX sees it, with whatever keeps it alive. UCX finds out itself if a device has it (not measured)."""
+    """Memory as UCX sees it, with whatever keeps it alive. On a GPU: never run, and not measured."""
 
     address: int
     length: int
     owner: object
+    on_gpu: bool = False
 
     @classmethod
     def of(cls, buffer: memoryview) -> Region:
         """A writable, contiguous buffer of the host."""
         return cls(np.frombuffer(buffer, np.uint8).ctypes.data, buffer.nbytes, buffer)
 
+    @classmethod
+    def of_pool(cls, frames: Frames) -> Region:
+        """Pages, pattern and landing, wherever they lie. The frames must outlive it."""
+        if frames.device is None or frames.block is None:
+            return cls.of(frames.everything)
+        return cls(frames.block.address, frames.block.size_bytes, frames, frames.device.on_gpu)
+
     def part(self, start: int, length: int) -> Region:
-        return Region(self.address + start, length, self.owner)
+        return Region(self.address + start, length, self.owner, self.on_gpu)
 
 
 class Library:
@@ -123,7 +132,8 @@ class Worker:
 
     def receive(self, message: Message, into: Region) -> Request:
         """Longer than `into`: it fails, and no byte behind it is written."""
-        return self.keep(self._library.calls.receive(self._handle, message.handle, into.address, into.length), into)
+        calls = self._library.calls
+        return self.keep(calls.receive(self._handle, message.handle, into.address, into.length, into.on_gpu), into)
 
     def keep(self, request: Request, region: Region) -> Request:
         """Its memory stays while it is under way."""
@@ -170,7 +180,8 @@ class Endpoint:
         self._handle: int = endpoint.handle
 
     def send(self, region: Region, tag: int) -> Request:
-        return self._worker.keep(self._calls.send(self._handle, region.address, region.length, tag), region)
+        sent = self._calls.send(self._handle, region.address, region.length, tag, region.on_gpu)
+        return self._worker.keep(sent, region)
 
     @property
     def alive(self) -> bool:

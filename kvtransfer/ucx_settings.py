@@ -27,9 +27,20 @@ CHOSEN: Mapping[str, str] = MappingProxyType(
 )
 
 
+FOR_GPUS = ("cuda_copy", "cuda_ipc")  # what moves bytes of a GPU's memory, beside what a list of transports names
+
+
 def settings(tls: str, net_devices: str, override: Mapping[str, str]) -> dict[str, str]:
     """By UCX's names, without `UCX_`."""
     return {**CHOSEN, "TLS": tls, "NET_DEVICES": net_devices, **override}
+
+
+def with_gpu(settings: Mapping[str, str]) -> dict[str, str]:
+    """For a pool on a GPU. A list that names everything, or what it leaves out ("^..."), stays as it is."""
+    named = settings["TLS"].split(",")
+    if "all" in named or named[0].startswith("^") or "cuda" in named:
+        return dict(settings)
+    return {**settings, "TLS": ",".join([*named, *(name for name in FOR_GPUS if name not in named)])}
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,10 @@ MAY_IMPORT = {  # package -> what it may import besides itself; the table of doc
 }  # fmt: skip
 WITHOUT_TORCH = ("router", "session", "core", "wire")
 HOME_OF = {  # foreign library -> the one folder
-    "kubernetes": "baton/k8s/", "ray": "baton/", "redis": "core/registry/", "triton": "kernels/gpu/",
-    "ucxx": "kvtransfer/",
+    "cuda": "kvtransfer/", "kubernetes": "baton/k8s/", "ray": "baton/", "redis": "core/registry/",
+    "triton": "kernels/gpu/", "ucxx": "kvtransfer/",
 }  # fmt: skip
-IN_ONE_FILE = ("kubernetes", "redis", "ucxx")
+IN_ONE_FILE = ("cuda", "kubernetes", "redis", "ucxx")
 VAGUE_FILES = ("util", "utils", "helper", "helpers", "common", "misc")
 MUTABLE_TYPES = ("list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict")
 MUTATORS = (

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from baton.doctor_judgement import judge
 from core.errors import ConfigError, HandoffError, PeerLost
 from core.layout import PageLayout
 from core.messages import PathReport, WorkerId
+from kvtransfer.cuda_ipc import CudaIpcTransport
+from kvtransfer.device_in_memory import InMemoryDevice
 from kvtransfer.digest import XXH3_64, algorithm, digest_page
 from kvtransfer.frames import Frames
 from kvtransfer.host import Host, this_host, why_no_shared_memory
@@ -27,13 +30,16 @@ from kvtransfer.path_choice import (
     routes_to,
     to_try,
     trouble_of,
+    what_was_tried,
 )
 from kvtransfer.path_descriptor import MAX_BYTES, PathDescriptor
 from kvtransfer.paths import Paths, PathTerms
 from kvtransfer.proof import Measure, pattern, pattern_digests
 from kvtransfer.shm import ShmTransport
-from kvtransfer.transport import Piece
+from kvtransfer.transport import Piece, Transport
 from kvtransfer.ucx import UcxTransport
+from router.path_survey import PairPath, PathReply
+from tests.kvtransfer_seen import Seen, served
 
 LAYOUT = PageLayout(kv_heads=2, layers=2, page_size=16, head_dim=64, dtype="float32")  # 32 KiB
 PAGES = 8
@@ -68,6 +74,42 @@ def test_shared_memory_is_for_one_host_and_the_rest_for_all(
     theirs: Host, offered: dict[str, bytes], wanted: list[str]
 ) -> None:
     assert usable(theirs, offered) == wanted
+
+
+GPU, OTHER_GPU = replace(HERE, device="GPU-1"), replace(HERE, device="GPU-2")
+FAR_GPU = replace(OTHER_MACHINE, device="GPU-3")
+ON_GPU = {"cuda": b"c", "ucx": b"u"}
+
+
+@pytest.mark.parametrize(
+    "mine,theirs,wanted",
+    [
+        (GPU, GPU, ["cuda", "ucx"]),
+        (GPU, OTHER_GPU, ["cuda", "ucx"]),
+        (GPU, FAR_GPU, ["ucx"]),
+        (GPU, replace(OTHER_NETWORK, device="GPU-1"), ["ucx"]),
+        (GPU, replace(GPU, uid=0), ["ucx"]),
+        (GPU, HERE, ["ucx"]),
+        (HERE, GPU, ["ucx"]),
+        (HERE, HERE, ["shm", "ucx"]),
+    ],
+)
+def test_pools_on_gpus_share_memory_with_each_other_alone(mine: Host, theirs: Host, wanted: list[str]) -> None:
+    """What each worker has follows from where its pool is; and all names at once, as a peer may offer anything."""
+    ways = [ON_GPU if host.device else BOTH for host in (mine, theirs)]
+    assert [route.name for route in routes_to(mine, theirs, list(ways[0]), ways[1]) if not route.barrier] == wanted
+    every = {**BOTH, **ON_GPU}
+    routes = routes_to(mine, theirs, ["cuda", "shm", "ucx"], every)
+    assert [route.name for route in routes if not route.barrier] == wanted
+
+
+def test_a_pool_on_a_gpu_and_one_in_memory_without_ucx_say_what_stands_between_them() -> None:
+    routes = routes_to(GPU, HERE, ["cuda"], {"shm": b"s"})
+    assert what_was_tried(routes) == "no path; cuda: our pages lie in a GPU's memory, the peer's in the host's"
+    routes = routes_to(HERE, GPU, ["shm"], {"cuda": b"c"})
+    assert what_was_tried(routes) == "no path; shm: our pages lie in the host's memory, the peer's in a GPU's"
+    (finding,) = judge(PathReply((PairPath("p", "d", trouble=what_was_tried(routes)),)))
+    assert finding.wrong and "same --device" in finding.advice
 
 
 def test_what_is_expected_comes_first_and_alone_when_nothing_else_may_be_used() -> None:
@@ -126,6 +168,9 @@ def test_this_host_shares_memory_with_itself() -> None:
 def test_a_descriptor_comes_back_as_it_went() -> None:
     sent = PathDescriptor(HERE, PAGES, b"12345678", {"shm": b"\x00\xff", "ucx": bytes(900)})
     assert PathDescriptor.decode(sent.encode()) == sent
+    assert b"device" not in sent.encode(), "as before there were pools on devices"
+    on_gpu = replace(sent, host=GPU)
+    assert PathDescriptor.decode(on_gpu.encode()) == on_gpu and b'"device": "GPU-1"' in on_gpu.encode()
     with pytest.raises(HandoffError, match="over"):
         replace(sent, transports={"ucx": bytes(MAX_BYTES)}).encode()
 
@@ -149,6 +194,7 @@ GOOD = PathDescriptor(HERE, PAGES, b"12345678", BOTH).encode()
         GOOD.replace(b'"uid": 1000', b'"uid": null'),
         GOOD.replace(b'"shm"', b'"' + b"s" * 33 + b'"'),
         GOOD.replace(b'"host"', b'"ghost"'),
+        GOOD.replace(b'"uid": 1000', b'"uid": 1000, "device": 5'),
         GOOD.replace(b'"cw=="', b'"cw"'),
         GOOD.replace(b'"cw=="', b"7"),
     ],
@@ -424,19 +470,28 @@ async def test_a_peer_forgotten_at_any_point_is_lost_and_can_be_met_again(rig: R
     await fetched(p, d)
 
 
-async def test_over_the_real_transports_a_pair_falls_back_to_ucx_and_both_are_met_again() -> None:
+def real_way(first: str) -> tuple[Frames | Seen, Transport]:
+    """A pool and what shares it on one host."""
+    if first == "cuda":
+        return Seen(Frames.on_device(LAYOUT, PAGES, InMemoryDevice())), CudaIpcTransport()
+    return Frames.shared(LAYOUT, PAGES), ShmTransport()
+
+
+@pytest.mark.parametrize("first", ["shm", "cuda"])
+async def test_over_the_real_transports_a_pair_falls_back_to_ucx_and_both_are_met_again(first: str) -> None:
     """Shared memory ends, then the source cuts UCX off as well; another session brings each of them back."""
     now_s = 0.0
-    frames = {P: Frames.shared(LAYOUT, PAGES), D: Frames.shared(LAYOUT, PAGES)}
+    ways = {P: real_way(first), D: real_way(first)}
+    frames = {me: way[0] for me, way in ways.items()}
     paths = {
-        me: Paths({"shm": ShmTransport(), "ucx": UcxTransport(tls="tcp")}, host=HERE, clock=lambda: now_s)
-        for me in (P, D)
+        me: Paths({first: way[1], "ucx": UcxTransport(tls="tcp")}, host=HERE, clock=lambda: now_s)
+        for me, way in ways.items()
     }
     renewed: list[WorkerId] = []
     p, d = paths[P], paths[D]
     d.renew = renewed.append
     for me in (P, D):
-        await paths[me].serve(frames[me], XXH3)
+        await paths[me].serve(served(frames[me]), XXH3)
     frames[P].buffer[:] = Random(1).randbytes(len(frames[P].buffer))
 
     async def session() -> None:
@@ -450,21 +505,43 @@ async def test_over_the_real_transports_a_pair_falls_back_to_ucx_and_both_are_me
         frames[D].buffer[:] = bytes(len(frames[D].buffer))
 
     await session()
-    await comes_over("shm")
+    await comes_over(first)
     (pair,) = d._pairs.values()
     await d._give_up(pair, pair.routes[0], "for a test")
     await comes_over("ucx")
-    assert d.snapshot()[0].lanes.startswith("tcp/") and "shm failed: for a test" in d.snapshot()[0].trouble
+    assert d.snapshot()[0].lanes.startswith("tcp/") and f"{first} failed: for a test" in d.snapshot()[0].trouble
     await p._transports["ucx"].forget(D)
-    with pytest.raises(PeerLost, match="no path; shm: for a test; ucx: "):
+    with pytest.raises(PeerLost, match=f"no path; {first}: for a test; ucx: "):
         await comes_over("ucx")
     now_s += PAUSE_S[0]
-    waiting = asyncio.ensure_future(comes_over("shm"))
+    waiting = asyncio.ensure_future(comes_over(first))
     await until(lambda: renewed == [P])
     await session()
     await waiting
     await d._give_up(pair, pair.routes[0], "again")
     await comes_over("ucx")
+    for me in (D, P):
+        await paths[me].close()
+        frames[me].close()
+
+
+@pytest.mark.parametrize("on_gpu", [P, D])
+async def test_a_pool_on_a_device_and_one_in_memory_meet_over_ucx(on_gpu: WorkerId) -> None:
+    ways = {me: real_way("cuda" if me == on_gpu else "shm") for me in (P, D)}
+    paths = {
+        me: Paths({way[1].name: way[1], "ucx": UcxTransport(tls="tcp")}, host=HERE, clock=lambda: 0.0)
+        for me, way in ways.items()
+    }
+    frames, p, d = {me: way[0] for me, way in ways.items()}, paths[P], paths[D]
+    for me in (P, D):
+        await paths[me].serve(served(frames[me]), XXH3)
+    frames[P].buffer[:] = Random(1).randbytes(len(frames[P].buffer))
+    await d.meet(P, await p.invite(D))
+    await p.meet(D, await d.invite(P))
+    await d.fetch(P, 1, [Piece(page, 0, page) for page in range(PAGES)])
+    assert frames[D].buffer == frames[P].buffer
+    report = d.snapshot()[0]
+    assert report.transport == "ucx" and "our pages lie in" in report.trouble and not report.trouble.endswith("have it")
     for me in (D, P):
         await paths[me].close()
         frames[me].close()

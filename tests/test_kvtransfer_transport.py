@@ -23,9 +23,12 @@ from core.errors import HandoffError, OutOfBounds, PeerLost, StalePage
 from core.layout import PageLayout
 from core.messages import WorkerId
 from kvtransfer import shm
+from kvtransfer.cuda_ipc import CudaIpcTransport
+from kvtransfer.device_in_memory import InMemoryDevice
 from kvtransfer.digest import XXH3_64, algorithm, digest_page
 from kvtransfer.frames import Frames, epochs_offset, memory_bytes
 from kvtransfer.host import Host
+from kvtransfer.mapped import MappedTransport
 from kvtransfer.memory import MemoryFabric, MemoryTransport, Mischief
 from kvtransfer.paths import Paths
 from kvtransfer.shm import ShmTransport
@@ -34,12 +37,14 @@ from kvtransfer.transport import PROOF_STREAM, Piece, Transport
 from kvtransfer.ucx import UcxTransport
 from kvtransfer.ucx_calls import Request
 from kvtransfer.ucx_library import Endpoint, Region
+from tests.kvtransfer_seen import Seen, served
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = PageLayout(kv_heads=2, layers=2, page_size=16, head_dim=64, dtype="float32")  # 32 KiB
 PAGES = 32
 XXH3 = algorithm(XXH3_64)
 P, D = WorkerId("p", 7), WorkerId("d", 8)
+ON_DEVICE = ("cuda", "ucx on devices")
 
 
 @dataclass
@@ -48,8 +53,8 @@ class Rig:
 
     source: Transport
     receiver: Transport
-    theirs: Frames
-    ours: Frames
+    theirs: Frames | Seen
+    ours: Frames | Seen
     descriptor: bytes
 
     def fill(self, seed: int = 0) -> None:
@@ -68,8 +73,14 @@ class Rig:
         return bytes(self.theirs.page(source_page)) == bytes(self.ours.page(target_page))
 
 
+def make_frames(kind: str) -> Frames | Seen:
+    if kind in ON_DEVICE:
+        return Seen(Frames.on_device(LAYOUT, PAGES, InMemoryDevice(page_s=0.0001)))
+    return Frames.shared(LAYOUT, PAGES)
+
+
 async def make_rig(kind: str, **options: Any) -> Rig:
-    theirs, ours = Frames.shared(LAYOUT, PAGES), Frames.shared(LAYOUT, PAGES)
+    theirs, ours = make_frames(kind), make_frames(kind)
     source: Transport
     receiver: Transport
     if kind == "memory":
@@ -80,12 +91,14 @@ async def make_rig(kind: str, **options: Any) -> Rig:
         fabric, host = MemoryFabric(Random(1), Mischief(delay_s=0.0002, ghost_delay_s=0.0002)), Host("boot", 1, 1)
         source = Paths({"memory": MemoryTransport(P, fabric)}, host=host, clock=monotonic_s)
         receiver = Paths({"memory": MemoryTransport(D, fabric)}, host=host, clock=monotonic_s)
-    elif kind == "ucx":
+    elif kind in ("ucx", "ucx on devices"):
         source, receiver = UcxTransport(net_devices="lo", **options), UcxTransport(net_devices="lo", **options)
+    elif kind == "cuda":
+        source, receiver = CudaIpcTransport(), CudaIpcTransport(launch_bytes=8 * LAYOUT.page_bytes, **options)
     else:
         source, receiver = ShmTransport(), ShmTransport(**options)
-    await source.serve(theirs, XXH3)
-    await receiver.serve(ours, XXH3)
+    await source.serve(served(theirs), XXH3)
+    await receiver.serve(served(ours), XXH3)
     rig = Rig(source, receiver, theirs, ours, b"")
     await rig.meet()
     rig.fill()
@@ -99,7 +112,7 @@ async def close(rig: Rig) -> None:
     rig.ours.close()
 
 
-@pytest.fixture(params=["memory", "shm", "ucx", "paths"])
+@pytest.fixture(params=["memory", "shm", "cuda", "ucx", "ucx on devices", "paths"])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     rig = await make_rig(request.param)
     yield rig
@@ -185,6 +198,14 @@ async def test_a_page_given_up_while_it_is_read_is_stale(rig: Rig, monkeypatch: 
             return request
 
         monkeypatch.setattr(Endpoint, "send", send_and_give_up)
+    elif rig.source.name == "cuda":
+        copy = InMemoryDevice.copy
+
+        def copy_and_give_up(self: InMemoryDevice, *arguments: Any) -> None:
+            copy(self, *arguments)
+            give_up()
+
+        monkeypatch.setattr(InMemoryDevice, "copy", copy_and_give_up)
     else:
         real = np.copyto
 
@@ -196,7 +217,7 @@ async def test_a_page_given_up_while_it_is_read_is_stale(rig: Rig, monkeypatch: 
     assert isinstance((await rig.fetch(Piece(3, 0, 3)))[0], StalePage)
 
 
-@pytest.mark.parametrize("kind", ["memory", "shm", "ucx"])
+@pytest.mark.parametrize("kind", ["memory", "shm", "cuda", "ucx", "ucx on devices"])
 async def test_without_the_epoch_fence_another_prompts_page_would_arrive(kind: str) -> None:
     """What the fence is for: with it off, this is served."""
     rig = await make_rig(kind, check_epoch=False)
@@ -325,7 +346,8 @@ def test_frames_outlive_their_close_while_a_tensor_lies_over_them() -> None:
 
 async def test_a_peer_can_neither_write_into_nor_shrink_a_pool(shm_rig: Rig) -> None:
     address = PoolAddress.decode(shm_rig.descriptor)
-    fd = await ask_for_pool(address, 1.0)
+    fd, handle = await ask_for_pool(address, 1.0)
+    assert not handle
     with pytest.raises(PermissionError):
         mmap.mmap(fd, address.size)
     for size in (0, address.size + 4096):
@@ -341,7 +363,7 @@ async def test_without_the_token_there_is_no_pool(shm_rig: Rig) -> None:
     for token in ("00" * 16, "", "zz"):
         with pytest.raises(PeerLost):
             await ask_for_pool(replace(address, token=token), 0.2)
-    fd = await ask_for_pool(address, 1.0)  # and those who have it are still served
+    fd, _ = await ask_for_pool(address, 1.0)  # and those who have it are still served
     os.close(fd)
 
 
@@ -414,10 +436,11 @@ async def test_a_pool_has_no_name_in_any_file_system(shm_rig: Rig) -> None:
     assert not [name for name in os.listdir("/dev/shm") if "baton" in name]
 
 
+@pytest.mark.parametrize("kind", ["shm", "cuda"])
 @pytest.mark.parametrize("fenced", [True, False], ids=["fenced", "not fenced"])
-async def test_pages_that_are_reused_while_they_are_read_are_never_served(fenced: bool) -> None:
+async def test_pages_that_are_reused_while_they_are_read_are_never_served(fenced: bool, kind: str) -> None:
     """A writer gives pages up and fills them again as fast as it can; without the fence it is seen."""
-    rig = await make_rig("shm", check_epoch=fenced)
+    rig = await make_rig(kind, check_epoch=fenced)
     size, stop = LAYOUT.page_bytes, threading.Event()
     published = [(0, 0)]
 
@@ -458,20 +481,23 @@ SOURCE = """
 import asyncio, sys
 from core.layout import PageLayout
 from core.messages import WorkerId
+from kvtransfer.cuda_ipc import CudaIpcTransport
+from kvtransfer.device_in_memory import InMemoryDevice
 from kvtransfer.digest import XXH3_64, algorithm
 from kvtransfer.frames import Frames
 from kvtransfer.shm import ShmTransport
 
-async def main():
-    frames = Frames.shared(PageLayout(2, 2, 16, 64, "float32"), 32)
+async def main(kind):
+    layout = PageLayout(2, 2, 16, 64, "float32")
+    frames = Frames.shared(layout, 32) if kind == "shm" else Frames.on_device(layout, 32, InMemoryDevice())
     for page in range(32):
-        frames.page(page)[:] = bytes([page]) * frames.layout.page_bytes
-    transport = ShmTransport()
+        frames.write(page, bytes([page]) * frames.layout.page_bytes)
+    transport = ShmTransport() if kind == "shm" else CudaIpcTransport()
     await transport.serve(frames, algorithm(XXH3_64))
     print((await transport.invite(WorkerId("d", 8))).decode(), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
-asyncio.run(main())
+asyncio.run(main(sys.argv[1]))
 """
 
 
@@ -480,23 +506,24 @@ class Elsewhere:
     """A source in another process, and our receiver."""
 
     process: asyncio.subprocess.Process
-    receiver: ShmTransport
-    ours: Frames
+    receiver: MappedTransport
+    ours: Frames | Seen
 
     def fetch(self, page: int) -> asyncio.Future[list[Any]]:
         return asyncio.ensure_future(self.receiver.fetch(P, 1, [Piece(page, 0, page)]))
 
 
-@pytest.fixture
-async def elsewhere() -> AsyncIterator[Elsewhere]:
+@pytest.fixture(params=["shm", "cuda"])
+async def elsewhere(request: pytest.FixtureRequest) -> AsyncIterator[Elsewhere]:
+    kind: str = request.param
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SOURCE, cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", SOURCE, kind, cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None and process.stdin is not None
     descriptor = (await process.stdout.readline()).strip()
-    ours = Frames.shared(LAYOUT, PAGES)
-    receiver = ShmTransport(patience_s=0.5)
-    await receiver.serve(ours, XXH3)
+    ours = make_frames(kind)
+    receiver = ShmTransport(patience_s=0.5) if kind == "shm" else CudaIpcTransport(patience_s=0.5)
+    await receiver.serve(served(ours), XXH3)
     await receiver.meet(P, descriptor)
     yield Elsewhere(process, receiver, ours)
     if process.returncode is None:

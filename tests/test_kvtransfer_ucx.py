@@ -1,6 +1,7 @@
 """What ucx alone has: a process that dies or stops in the middle of a page, nonsense from a peer, lanes, growth."""
 
 import asyncio
+import ctypes
 import gc
 import os
 import signal
@@ -18,13 +19,14 @@ from kvtransfer_ucx_process import layout_of
 
 from core.errors import ConfigError, HandoffError, PeerLost
 from core.messages import WorkerId
-from kvtransfer import ucx_library
+from kvtransfer import ucx_library, ucx_settings
+from kvtransfer.device_in_memory import InMemoryDevice
 from kvtransfer.digest import XXH3_64, algorithm, digest_page
 from kvtransfer.frames import Frames
 from kvtransfer.transport import Piece
 from kvtransfer.ucx import UcxTransport
 from kvtransfer.ucx_answering import MAX_SENDS
-from kvtransfer.ucx_calls import Request
+from kvtransfer.ucx_calls import MEMORY_TYPE_CUDA, OP_FIELD_MEMORY_TYPE, Request, _Parameters
 from kvtransfer.ucx_library import Context, Message, Region, Worker
 from kvtransfer.ucx_peer import Limits, UcxPeer
 from kvtransfer.ucx_settings import Fabric
@@ -612,6 +614,40 @@ async def test_settings_that_ucx_does_not_take_are_a_mistake_of_the_operator() -
             await transport.serve(frames, XXH3)
             await transport.invite(D)
         await transport.close()
+    frames.close()
+
+
+@pytest.mark.parametrize(
+    "tls,wanted",
+    [("tcp", "tcp,cuda_copy,cuda_ipc"), ("rc,cuda_copy", "rc,cuda_copy,cuda_ipc"), ("rc,cuda", "rc,cuda")]
+    + [(tls, tls) for tls in ("all", "^tcp")],
+)  # fmt: skip
+def test_a_list_of_transports_is_widened_for_a_pool_on_a_gpu(tls: str, wanted: str) -> None:
+    chosen = ucx_settings.settings(tls, "all", {})
+    assert ucx_settings.with_gpu(chosen) == {**chosen, "TLS": wanted} and chosen["TLS"] == tls
+
+
+async def test_ucx_is_told_which_memory_is_a_gpus() -> None:
+    """A pool that says so; the calls themselves are written down, and not made."""
+
+    class OnGpu(InMemoryDevice):
+        on_gpu = True
+
+    frames = Frames.on_device(layout_of(64 << 10), 4, OnGpu())
+    region = Region.of_pool(frames).part(64 << 10, 64 << 10)
+    assert frames.block is not None and (region.address, region.on_gpu) == (frames.block.address + (64 << 10), True)
+    calls, told = ucx_library.load().calls, []
+
+    def note(*arguments: Any) -> None:
+        given = ctypes.cast(arguments[-1], ctypes.POINTER(_Parameters)).contents
+        told.append((given.mask, given.memory_type))
+
+    for name in ("_send", "_receive"):
+        setattr(calls, name, note)
+    for on_gpu in (False, True):
+        calls.send(1, region.address, region.length, 5, on_gpu)
+        calls.receive(1, 2, region.address, region.length, on_gpu)
+    assert told == [(0, 0)] * 2 + [(OP_FIELD_MEMORY_TYPE, MEMORY_TYPE_CUDA)] * 2
     frames.close()
 
 

@@ -109,20 +109,32 @@ def names(paths: Paths) -> list[str]:
 def test_a_worker_has_what_is_asked_for_as_far_as_it_is_installed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert names(transports.paths_for(options(), monotonic_s)) == ["shm", "ucx"]
-    assert names(transports.paths_for(options(transport="shm"), monotonic_s)) == ["shm"]
-    assert names(transports.paths_for(options(transport="ucx"), monotonic_s)) == ["ucx"]
+    assert names(transports.paths_for(options(), monotonic_s, on_gpu=False)) == ["shm", "ucx"]
+    assert names(transports.paths_for(options(transport="shm"), monotonic_s, on_gpu=False)) == ["shm"]
+    assert names(transports.paths_for(options(transport="ucx"), monotonic_s, on_gpu=False)) == ["ucx"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with caplog.at_level("INFO"):
-        assert names(transports.paths_for(options(), monotonic_s)) == ["shm"]
+        assert names(transports.paths_for(options(), monotonic_s, on_gpu=False)) == ["shm"]
     assert "ucxx is not installed" in caplog.text
     with pytest.raises(ConfigError, match="needs ucxx"):
-        transports.paths_for(options(transport="ucx"), monotonic_s)
+        transports.paths_for(options(transport="ucx"), monotonic_s, on_gpu=False)
+
+
+def test_a_pool_on_a_gpu_is_shared_by_cuda() -> None:
+    def ways(wanted: str, on_gpu: bool = True) -> list[str]:
+        return names(transports.paths_for(options(transport=wanted), monotonic_s, on_gpu))
+
+    assert ways("auto") == ["cuda", "ucx"] and ways("local") == ways("cuda") == ["cuda"] and ways("ucx") == ["ucx"]
+    assert ways("local", on_gpu=False) == ["shm"]
+    with pytest.raises(ConfigError, match=r"--transport shm .* use local or auto"):
+        ways("shm")
+    with pytest.raises(ConfigError, match=r"--transport cuda .* use local or auto"):
+        ways("cuda", on_gpu=False)
 
 
 def test_what_is_expected_must_be_among_them() -> None:
     with pytest.raises(ConfigError, match="--expect-transport 'ucx' is not one of those in use: shm"):
-        transports.paths_for(options(transport="shm", expect_transport="ucx"), monotonic_s)
+        transports.paths_for(options(transport="shm", expect_transport="ucx"), monotonic_s, on_gpu=False)
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------

@@ -73,6 +73,8 @@ def _plain(args: argparse.Namespace, checkpoint: Path, folder: Path, registry: s
         "step_tokens": args.step_tokens,
         "threads": args.threads,
         "transport": args.transport,
+        "backend": args.backend,
+        "device": args.device,
         "prefill_share": args.prefill_share,
         "digest": args.digest,
     }

@@ -2,7 +2,7 @@
 
     gather    frames [N, K, L, 2, P, D], pages [n], heads [low, high)   →  staging [n, high - low, L, 2, P, D], dense
     scatter   the way back
-    copy      pages sources [n] → pages targets [n] of the same frames, all heads
+    copy      pages sources [n] → pages targets [n] of the same frames, or of another pool's, all heads
 
 A segment is what one KV head has in one page: the bytes that a hand-off moves and digests as one. Bytes are moved as
 they are, whatever the type: as words of 8 bytes, two per access, or narrower ones where strides are odd. Only D must be
@@ -110,7 +110,7 @@ def _launch(
         SEGMENT=segment, WIDTH=words.shape[5], SLOTS=words.shape[4], BLOCK=block,
         SOURCE_LISTED=source_pages is not None, TARGET_LISTED=target_pages is not None,
         SOURCE_DENSE=dense_segment(words), TARGET_DENSE=dense_segment(goal),
-        num_warps=min(max(block // 256, 1), 8),
+        num_warps=min(max(block // 256, 1), 8), enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -137,6 +137,20 @@ def copy_pages(frames: torch.Tensor, sources: torch.Tensor, targets: torch.Tenso
     _launch(frames, sources, frames, targets)
 
 
+def copy_pages_between(
+    source: torch.Tensor, sources: torch.Tensor, target: torch.Tensor, targets: torch.Tensor
+) -> None:
+    """Pages of one pool over those of another, [N, ...] and [M, ...]: what a hand-off on one host does.
+
+    `source` may lie on another device than `target` and the lists, where the two reach each other. A target may be
+    named twice with the same source.
+    """
+    assert source.dim() == 6 and source.stride(5) == 1, (source.shape, source.stride())
+    _check(target, sources, targets)
+    assert source.shape[1:] == target.shape[1:] and source.dtype == target.dtype, (source.shape, target.shape)
+    _launch(source, sources, target, targets)
+
+
 def gather_segments_reference(frames: torch.Tensor, pages: torch.Tensor, low: int, high: int) -> torch.Tensor:
     return frames[pages.long(), low:high].contiguous()
 
@@ -145,6 +159,12 @@ def scatter_segments_reference(
     staging: torch.Tensor, frames: torch.Tensor, pages: torch.Tensor, low: int, high: int
 ) -> None:
     frames[pages.long(), low:high] = staging
+
+
+def copy_pages_between_reference(
+    source: torch.Tensor, sources: torch.Tensor, target: torch.Tensor, targets: torch.Tensor
+) -> None:
+    target[targets.long()] = source[sources.long()]
 
 
 def copy_pages_reference(frames: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,11 +19,24 @@ from core.clock import monotonic_s
 from core.errors import ConfigError, TooLittleMemory
 from core.layout import PageLayout
 from core.sampling import SamplingParams
-from engine.device_pool import LargestStep, frames_over, largest_batches, pages_beside, pool_on_device, step_bytes
+from engine.device_pool import (
+    LargestStep,
+    frames_over,
+    largest_batches,
+    pages_beside,
+    pool_on_device,
+    pool_over,
+    step_bytes,
+)
 from engine.triton_ops import triton_ops
 from engine.weights import load_model
+from kvtransfer.device_cuda import CudaDevice
+from kvtransfer.device_in_memory import InMemoryDevice
+from kvtransfer.device_memory import DeviceMemory
+from kvtransfer.digest import digest_page, plain
 from kvtransfer.frames import PROOF_FRAMES, Frames
 from router.generation import GenerationRequest
+from tests.kernels_gpu.conftest import COMPILED
 from tests.run_rows import prompt
 from tests.tiny_models import MAX_POSITIONS, VOCABULARY, save_tiny
 
@@ -35,23 +50,33 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool
     return bool(request.param)
 
 
-def test_auto_takes_triton_where_a_gpu_is_and_nothing_is_handed_off(gpu: bool) -> None:
-    assert backend_of("auto", "auto", hands_off=False) == (Backend("triton", "cuda") if gpu else Backend())
-    assert backend_of("auto", "auto", hands_off=True) == Backend("torch", "cpu")
-    assert backend_of("auto", "cpu", hands_off=False) == Backend("torch", "cpu")
-    assert backend_of("torch", "auto", hands_off=False) == Backend("torch", "cpu")
+def without(*names: str) -> Callable[[str], ModuleSpec | None]:
+    return lambda name: None if name in names else find_spec("json" if name.startswith("cuda") else name)
+
+
+def test_auto_takes_triton_where_a_gpu_is(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", without())
+    assert backend_of("auto", "auto") == (Backend("triton", "cuda") if gpu else Backend())
+    assert backend_of("auto", "cpu") == Backend("torch", "cpu")
+    assert backend_of("torch", "auto") == Backend("torch", "cpu")
+    for missing in ("triton", "cuda", "cuda.bindings"):
+        monkeypatch.setattr(backends, "find_spec", without(missing))
+        assert backend_of("auto", "auto") == Backend("torch", "cpu")
 
 
 def test_what_cannot_be_is_refused_by_its_flag(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--backend torch" if gpu else "--device cuda"):
-        backend_of("torch", "cuda", hands_off=False)
-    with pytest.raises(ConfigError, match="handed off" if gpu else "needs a GPU"):
-        backend_of("triton", "auto", hands_off=True)
+        backend_of("torch", "cuda")
+    monkeypatch.setattr(backends, "find_spec", without("cuda.bindings"))
+    with pytest.raises(ConfigError, match="cuda.bindings not installed" if gpu else "needs a GPU"):
+        backend_of("triton", "auto")
+    with pytest.raises(ConfigError, match="cuda.bindings not installed" if gpu else "--device cuda"):
+        backend_of("auto", "cuda")
     monkeypatch.setenv(backends.INTERPRETER, "1")
-    assert backend_of("triton", "cpu", hands_off=True) == Backend("triton", "cpu")
-    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "triton" else find_spec(name))
-    with pytest.raises(ConfigError, match="not installed"):
-        backend_of("triton", "cpu", hands_off=False)
+    assert backend_of("triton", "cpu") == Backend("triton", "cpu"), "the interpreter needs no CUDA"
+    monkeypatch.setattr(backends, "find_spec", without("triton"))
+    with pytest.raises(ConfigError, match="triton not installed"):
+        backend_of("triton", "cpu")
 
 
 def test_a_pool_on_a_device_is_one_block(device: torch.device) -> None:
@@ -63,13 +88,26 @@ def test_a_pool_on_a_device_is_one_block(device: torch.device) -> None:
     assert not any(memory[: LAYOUT.page_bytes]) and any(memory[LAYOUT.page_bytes :])
 
 
-def test_frames_of_a_pool_on_a_device_keep_the_books_alone() -> None:
-    """A hundred times what this machine may have: address space that nobody touches."""
-    layout = PageLayout(8, 32, 16, 128, "bfloat16")
-    frames = Frames.on_device(layout, 100_000)
-    assert len(frames.everything) == (100_000 + PROOF_FRAMES) * layout.page_bytes
-    frames.epochs[99_999] = 7
-    assert frames.epoch(99_999) == 7 and frames.epoch(frames.pattern) == 0
+def test_a_pool_lies_over_the_block_that_is_handed_off(device: torch.device) -> None:
+    """What the engine writes there is what a peer fetches, and nothing else is in its tensor."""
+    memory: DeviceMemory = CudaDevice() if COMPILED else InMemoryDevice()
+    layout = PageLayout(2, 3, 16, 8, "bfloat16")
+    frames = Frames.on_device(layout, 5, memory)
+    assert frames.block is not None and frames.block.size_bytes == (5 + PROOF_FRAMES) * layout.page_bytes
+    pool = pool_over(frames.block.address, layout, 5, device)
+    assert pool.shape == (5, 2, 3, 2, 16, 8) and pool.is_contiguous() and not pool.any()
+    pool[3] = torch.arange(pool[3].numel(), device=device).view(pool[3].shape)
+    if COMPILED:
+        torch.cuda.synchronize()
+    content = pool[3].view(torch.uint8).cpu().numpy().tobytes()
+    assert frames.digests([3], plain().of) == [digest_page(memoryview(content), layout, 0, plain().of)]
+    frames.write(2, content)
+    assert torch.equal(pool[2], pool[3]) and not pool[4].any()
+    frames.epochs[4] = 7
+    assert frames.epoch(4) == 7 and frames.epoch(frames.pattern) == 0
+    with pytest.raises(AssertionError, match="on a device"):
+        frames.buffer  # noqa: B018
+    del pool
     frames.close()
 
 

@@ -9,6 +9,8 @@ import torch
 
 from kernels.gpu.segments import (
     copy_pages,
+    copy_pages_between,
+    copy_pages_between_reference,
     copy_pages_reference,
     gather_segments,
     gather_segments_reference,
@@ -74,6 +76,22 @@ def test_copy(case: dict[str, Any], device: torch.device) -> None:
     frames.untyped_storage().copy_(before.untyped_storage())
     copy_pages_reference(frames.view(dtype_of_bits(frames)), sources, targets)
     assert torch.equal(got, all_bytes(frames)) and not torch.equal(got, before)
+
+
+@pytest.mark.parametrize("case", pairwise({"dtype": DTYPES, "kind": KINDS, "inner": [(2, 16, 8), (1, 16, 3)]}), ids=str)
+def test_copy_from_one_pool_to_another(case: dict[str, Any], device: torch.device) -> None:
+    """The other pool is dense, of another size; the same copy may be asked for twice."""
+    frames = frames_of(case | {"heads": (3, 0, 3)}, device)
+    layers, slots, dim = case["inner"]
+    target = pool("dense", (4, 3, layers, 2, slots, dim), case["dtype"], device)
+    source_before, expected = all_bytes(frames), target.clone()
+    sources, targets = torch.tensor([5, 2, 5], device=device), torch.tensor([0, 3, 0], device=device)
+    copy_pages_between(frames, sources, target, targets)
+    as_bits = dtype_of_bits(frames)
+    copy_pages_between_reference(frames.view(as_bits), sources, expected.view(as_bits), targets)
+    assert torch.equal(bits(target), bits(expected)) and torch.equal(all_bytes(frames), source_before)
+    with pytest.raises(AssertionError):
+        copy_pages_between(frames[:, :2], sources, target, targets)
 
 
 def test_enough_segments_for_large_blocks(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from engine import decode_graphs, triton_executor
 from engine.attention_configs import AttentionConfigs
 from engine.batch import Batch, PageCopy, Row, RowResult, SampleSpec
 from engine.decode_graphs import LAST_SAMPLED
+from engine.device_copy import Fence
 from engine.row_slots import RowSlots, bucket_for
 from engine.triton_executor import TritonExecutor
 from engine.triton_ops import triton_ops
@@ -204,6 +205,34 @@ def test_a_failed_step_forgets_its_slots(
         with pytest.raises(EngineError, match="out of luck"):
             both.executor.execute(Batch((run.row(None),)))
     both.finish([run], 4)
+
+
+def test_a_step_is_over_when_the_device_is_done_with_it(
+    folders: dict[str, Path], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that samples nothing, and one that failed half-way: their pages are offered, or given back, next."""
+    waited: list[str] = []
+
+    class Watched(Fence):
+        def wait(self) -> None:
+            waited.append("fence")
+            super().wait()
+
+    monkeypatch.setattr(triton_executor, "Fence", Watched)
+    both = Both(folders["llama3"], device)
+    run = both.open(40)
+    launched = both.executor.launch(Batch((run.row(16),)))
+    assert launched.sampling is None and not waited
+    both.executor.finish(launched)
+    assert waited == ["fence"]
+
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(triton_executor, "rope_write", fail)
+    with pytest.raises(EngineError, match="out of luck"):
+        both.executor.execute(Batch((run.row(16),)))
+    assert waited == ["fence"] * 2
 
 
 def test_capturing_at_start_writes_nothing(folders: dict[str, Path], device: torch.device) -> None:
