@@ -41,7 +41,7 @@ class AttentionConfigs:
             most: self._chosen("decode_attention", decode_shape(*shape, 1, most), default)
             for most in sorted({row_class(bucket) for bucket in BUCKETS})
         }
-        long = prefill_attention.default_config(config.head_dim, dtype)
+        long = prefill_attention.default_config(config.head_dim, dtype, group)
         self.prefill = self._chosen("prefill_attention", prefill_shape(*shape), long)
         if self.prefill.block_m < group:
             raise ValueError(f"prefill_attention: block_m {self.prefill.block_m} is below {group} query heads")

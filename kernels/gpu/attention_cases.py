@@ -158,7 +158,7 @@ class PrefillCase:
     def default(self) -> Config:
         from kernels.gpu.prefill_attention import default_config
 
-        return asdict(default_config(self.of.head_dim, TORCH_TYPES[self.of.q_type]))
+        return asdict(default_config(self.of.head_dim, TORCH_TYPES[self.of.q_type], self.of.heads // self.of.kv_heads))
 
     def candidates(self, default: Config) -> tuple[Config, ...]:
         """Without those that the kernel would run as another one: descriptors want whole tiles in a page."""

@@ -107,9 +107,19 @@ class SplitPlan(NamedTuple):
 
 
 def default_config(head_dim: int, element_size: int, query_rows: int) -> DecodeConfig:
-    """Untuned. `query_rows`: H / K * M; `element_size`: bytes of a stored element."""
-    keys = TILE_BYTES // (2 * triton.next_power_of_2(head_dim) * element_size)
-    return DecodeConfig(block_keys=min(128, max(16, keys)), num_warps=4 if query_rows <= 64 else 8)
+    """Untuned. `query_rows`: H / K * M; `element_size`: bytes of a stored element.
+
+    No more keys than registers hold: of 8 bits they are there twice, once widened, and float32 is multiplied outside
+    the tensor cores.
+    """
+    width, many = triton.next_power_of_2(head_dim), query_rows > 64
+    keys = (TILE_BYTES // 2 if element_size == 4 else TILE_BYTES) // (2 * width * element_size)
+    most = 128
+    if element_size == 1 and (many or width <= 64):
+        most = min(64, 8192 // width)
+    elif element_size == 4 and many:
+        most = 16
+    return DecodeConfig(block_keys=min(most, max(16, keys)), num_warps=8 if many else 4)
 
 
 def choose_splits(blocks: int, bound_tokens: int, sm_count: int, block_keys: int) -> SplitPlan:
@@ -219,7 +229,7 @@ def decode_attention(
         QUANTISED=scales is not None, INTEGER=frames.dtype == torch.int8, SPLIT=split,
         ROUNDED=rounded, PRODUCT=tl.float32 if rounded == tl.bfloat16 and knobs.runtime.interpret else rounded,
         ASSEMBLY=config.assembly and _has_conversion(q.device),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         **shape,
     )  # fmt: skip
     if split:
@@ -227,7 +237,7 @@ def decode_attention(
             mixed, weights, lengths, out,
             out.stride(0), out.stride(1), out.stride(2),
             window or 0, plan.splits, plan.least_tiles,
-            BLOCK_PARTS=COMBINE_BLOCK, num_warps=2,
+            BLOCK_PARTS=COMBINE_BLOCK, num_warps=2, enable_fp_fusion=True,
             **shape,
         )  # fmt: skip
     return out

@@ -39,7 +39,7 @@ FlashAttention-3 where that was activated. It needs a plan, whose host lists say
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -72,11 +72,15 @@ class PrefillConfig:
     warp_specialize: bool = False  # let the compiler give copies and products warps of their own, where it can
 
 
-def default_config(head_dim: int, dtype: torch.dtype) -> PrefillConfig:
-    """Untuned: sizes that fit the registers and the shared memory of an H200."""
-    if dtype == torch.float32:
-        return PrefillConfig(block_m=32 if head_dim > 128 else 64, block_n=16 if head_dim > 128 else 32, num_warps=4)
-    return PrefillConfig(block_n=64 if head_dim > 128 else 128)
+def default_config(head_dim: int, dtype: torch.dtype, group: int = 1) -> PrefillConfig:
+    """Untuned: sizes that fit the registers and the shared memory of an H200. `group`: H / K."""
+    if dtype != torch.float32:
+        chosen = PrefillConfig(block_n=64 if head_dim > 128 else 128)
+    elif head_dim > 64:
+        chosen = PrefillConfig(block_m=16, block_n=16) if head_dim > 128 else PrefillConfig(block_m=32, block_n=32)
+    else:
+        chosen = PrefillConfig(block_m=64, block_n=32, num_warps=4)
+    return replace(chosen, block_m=max(chosen.block_m, triton.next_power_of_2(group)))
 
 
 def tile_tokens(config: PrefillConfig, heads: int, kv_heads: int) -> int:
@@ -371,7 +375,7 @@ def prefill_attention(
     assert backend == "triton", backend
     tokens, heads, head_dim = q.shape
     kv_heads, rows = frames.shape[1], len(pages)
-    config = config or default_config(head_dim, q.dtype)
+    config = config or default_config(head_dim, q.dtype, heads // kv_heads)
     per_tile = tile_tokens(config, heads, kv_heads)
     assert plan is None or plan.tokens == per_tile, f"the plan was made for other tiles than of {per_tile} tokens"
     per_row = triton.cdiv(tokens if max_tokens is None else max_tokens, per_tile)
@@ -407,12 +411,14 @@ def prefill_attention(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLITS=splits,
         PLANNED=plan is not None, WINDOWED=window is not None, QUANTISED=kv_scales is not None, DESCRIPTORS=described,
         WARP_SPECIALIZE=config.warp_specialize and _capability(q.device) >= SPECIALIZING_CAPABILITY,
-        WIDEN=triton.knobs.runtime.interpret, num_warps=config.num_warps, num_stages=config.num_stages,
+        WIDEN=triton.knobs.runtime.interpret,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[tokens, heads](
-            out, sums, peaks, tokens, heads, out.stride(0), out.stride(1), D=head_dim, DP=padded_dim, SPLITS=splits
-        )
+            out, sums, peaks, tokens, heads, out.stride(0), out.stride(1), D=head_dim, DP=padded_dim, SPLITS=splits,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 

@@ -66,7 +66,7 @@ def _launch(
         x.stride(0), x.stride(1) if heads > 1 else 0, 0 if residual is None else residual.stride(0),
         out.stride(0), out.stride(1) if heads > 1 else 0,
         WIDTH=width, ROWS=rows_each, BLOCK=block, ADD=residual is not None,
-        num_warps=min(max(rows_each * block // 512, 1), 16),
+        num_warps=min(max(rows_each * block // 512, 1), 16), enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

@@ -170,7 +170,7 @@ def rope_write(
         Q_HEADS=q_heads, KV_HEADS=kv_heads, Q_BLOCK=q_block, KV_BLOCK=kv_block,
         HALF=head_dim // 2, BLOCK=triton.next_power_of_2(head_dim // 2),
         NORM=q_norm is not None, LARGEST=0 if kv_scales is None else LARGEST[frames.dtype],
-        num_warps=4 if most == HEADS else 2,
+        num_warps=4 if most == HEADS else 2, enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ BLOCK = 1024  # ids per turn of a program
 LISTED = 8192  # likely scaled logits kept per draw; a draw with more reads its logits again and again
 TARGET_PROGRAMS = 264  # two per multiprocessor of a large chip
 MAX_SPLITS = 64
+FUSED = False  # a bound that is a product is rounded before it is compared, in every kernel alike
 
 _NEAR = REACH + 1e-3  # scaled logits below -_NEAR never win: engine.filters says the same
 _LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
@@ -424,7 +425,7 @@ def sample(
     padded = triton.next_power_of_2(splits)
     grid, common = (count, splits), (logits, logits.stride(0), draws)
     best, best_ids = _partials(count, splits, device)
-    _best_kernel[grid](*common, best, best_ids, vocabulary, splits, chunk, BLOCK=BLOCK)
+    _best_kernel[grid](*common, best, best_ids, vocabulary, splits, chunk, BLOCK=BLOCK, enable_fp_fusion=FUSED)
     if noise:
         near_bits = int(np.float32(_NEAR).view(np.int32))
         bounds = draws  # not read without filters
@@ -434,19 +435,19 @@ def sample(
             bounds = torch.empty(count, 2, dtype=torch.int32, device=device)
             _list_kernel[grid](
                 *common, best, listed, counts, vocabulary, splits, chunk,
-                NEAR=_NEAR, LISTED=LISTED, SPLITS=padded, BLOCK=BLOCK,
+                NEAR=_NEAR, LISTED=LISTED, SPLITS=padded, BLOCK=BLOCK, enable_fp_fusion=FUSED,
             )  # fmt: skip
             _bounds_kernel[(count,)](
                 *common, best, listed, counts, bounds, vocabulary, splits,
-                NEAR_BITS=near_bits, LISTED=LISTED, SPLITS=padded, BLOCK=BLOCK,
+                NEAR_BITS=near_bits, LISTED=LISTED, SPLITS=padded, BLOCK=BLOCK, enable_fp_fusion=FUSED,
             )  # fmt: skip
         noisy, noisy_ids = _partials(count, splits, device)
         _draw_kernel[grid](
             *common, best, best_ids, bounds, noisy, noisy_ids, vocabulary, splits, chunk,
-            FILTERS=filters, NEAR_BITS=near_bits, SPLITS=padded, BLOCK=BLOCK,
+            FILTERS=filters, NEAR_BITS=near_bits, SPLITS=padded, BLOCK=BLOCK, enable_fp_fusion=FUSED,
         )  # fmt: skip
         best, best_ids = noisy, noisy_ids
-    _pick_kernel[(count,)](best, best_ids, ids, vocabulary, splits, SPLITS=padded)
+    _pick_kernel[(count,)](best, best_ids, ids, vocabulary, splits, SPLITS=padded, enable_fp_fusion=FUSED)
     return ids
 
 

@@ -176,10 +176,11 @@ def segment_digests(
         count = len(some) * heads
         _sum_blocks[(triton.cdiv(blocks, BLOCKS.value) * count,)](
             words, some, constants, sums, heads, *words.stride()[:5],
-            LENGTH=length, WIDTH=words.shape[5], SLOTS=words.shape[4], DENSE=dense_segment(words), num_warps=4,
+            LENGTH=length, WIDTH=words.shape[5], SLOTS=words.shape[4], DENSE=dense_segment(words),
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         _fold_blocks[(triton.cdiv(count, SEGMENTS.value),)](
-            sums, constants, digests[first * heads :], count, LENGTH=length, num_warps=4
+            sums, constants, digests[first * heads :], count, LENGTH=length, num_warps=4, enable_fp_fusion=False
         )
     return out
 

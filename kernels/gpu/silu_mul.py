@@ -47,7 +47,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None = No
     block = min(WIDE if fills else NARROW, triton.next_power_of_2(width))
     _gate[(tokens, triton.cdiv(width, block))](
         gate, up, out, width, gate.stride(0), up.stride(0), out.stride(0), BLOCK=block,
-        num_warps=min(max(block // 256, 1), 8),
+        num_warps=min(max(block // 256, 1), 8), enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

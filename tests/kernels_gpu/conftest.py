@@ -11,7 +11,6 @@ import torch
 from tests.kernels_gpu.casts import use_exact_casts
 
 COMPILED = torch.cuda.is_available()
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where nobody has chosen
 
 if not COMPILED:  # Triton looks when it is imported, and again at each kernel's definition
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":

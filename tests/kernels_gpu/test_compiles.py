@@ -1,6 +1,8 @@
-"""What the interpreter takes, the compiler may refuse: the kernels without products, compiled for an H200 without one.
+"""What the interpreter takes, the compiler may refuse: kernels compiled for an H200 without one.
 
-Beside that it compiles: nothing spills into local memory, and bulk data moves 16 bytes at a time for each thread.
+Beside that it compiles: nothing spills into local memory, bulk data moves 16 bytes at a time for each thread, and each
+launch says whether products and sums are fused, where the compiler's default differs between releases (a warning then
+ends the process). Decode attention has tests of its own, in test_decode_attention.py.
 """
 
 from __future__ import annotations
@@ -73,13 +75,34 @@ for kernel in made:
     assert kernel.name != "_sum_blocks" or 16 in kernel.widths("ld"), kernel.ptx
 wide()
 """
+PREFILL = """
+from kernels.gpu.prefill_attention import plan_prefill, default_config, prefill_attention, tile_tokens
+def chunk(stored, head_dim, tokens=300):
+    frames, q = zeros(4, 8, 2, 2, 16, head_dim, dtype=stored), zeros(tokens, 32, head_dim, dtype=stored)
+    tables = [torch.zeros(shape, dtype=torch.int32) for shape in ((1, 256), (1,), (2,))]
+    plan = plan_prefill([0], [0, tokens], tile_tokens(default_config(head_dim, stored, 4), 32, 8))
+    prefill_attention(q, frames, 1, *tables, 0.1, plan=plan, splits=1)
+chunk(bf16, 128)
+assert "wgmma.mma_async" in made[-1].ptx
+chunk(torch.float32, 256)
+for kernel in made:
+    assert not kernel.spills, (kernel.registers, kernel.spilled_bytes)
+"""
+SAMPLE = """
+from kernels.gpu.sample import Draw, pack_draws, sample
+sample(zeros(3, 5000, dtype=torch.float32), torch.from_numpy(pack_draws([Draw(0, 1.0, top_k=9), Draw(2, 0.7)])))
+assert len(made) == 5 and not any(kernel.fused for kernel in made)
+wide()
+"""
+LAUNCHES = {"pointwise": POINTWISE, "rope": ROPE, "segments": SEGMENTS, "prefill": PREFILL, "sample": SAMPLE}
 
 
-@pytest.mark.parametrize("launches", [POINTWISE, ROPE, SEGMENTS], ids=["pointwise", "rope", "segments"])
+@pytest.mark.parametrize("launches", LAUNCHES.values(), ids=LAUNCHES)
 def test_for_hopper(launches: str, tmp_path: Path) -> None:
     """No GPU is needed for that: the assembler comes with Triton."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", BEGIN + launches], env=environment, capture_output=True, text=True, timeout=110
-    )
+        [sys.executable, "-W", "error", "-c", BEGIN + launches],
+        env=environment, capture_output=True, text=True, timeout=110,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
