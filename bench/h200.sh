@@ -31,17 +31,18 @@ if ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; 
 fi
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv >"$out/gpu.csv" 2>/dev/null
 
-# Correctness: 60 + 170 s. The settings of pyproject.toml are left out: they name plugins that may not be there.
-part check 60 "$python" -m bench.kernels --check --json "$out/check.json"
+# Correctness: 50 + 160 s. The settings of pyproject.toml are left out: they name plugins that may not be there.
+part check 50 "$python" -m bench.kernels --check --json "$out/check.json"
 if "$python" -c 'import pytest' 2>/dev/null; then
     # A process for each file: compiling is what takes the time, and it takes one core.
-    part tests 170 sh -c 'ls tests/kernels_gpu/test_*.py | xargs -P 8 -n 1 "$@"' sh "$python" -m pytest -q -rs \
+    part tests 160 sh -c 'ls tests/kernels_gpu/test_*.py | xargs -P 8 -n 1 "$@"' sh "$python" -m pytest -q -rs \
         -c /dev/null --rootdir "$root" --confcutdir "$root/tests/kernels_gpu" -p no:cacheprovider
 else
     echo "== tests: no pytest here, so check was all"
 fi
 
-# Figures: 150 + 130 s.
-part kernels 150 "$python" -m bench.kernels --quick --json "$out/kernels.json"
-part engine 130 "$python" -m bench.gpu_engine --quick --json "$out/engine.json"
+# Figures: 140 + 40 + 120 s. Of the hand-off this is the first run on a GPU that says whether it works at all.
+part kernels 140 "$python" -m bench.kernels --quick --json "$out/kernels.json"
+part ipc 40 "$python" -m bench.ipc --json "$out/ipc.json"
+part engine 120 "$python" -m bench.gpu_engine --quick --json "$out/engine.json"
 exit "$failed"

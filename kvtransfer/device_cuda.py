@@ -22,6 +22,7 @@ from kvtransfer.digest import XXH3_64, SegmentDigest, algorithm, digest_page
 
 DEVICE = 0
 LEAST_SEGMENT_BYTES, SEGMENT_UNIT_BYTES = 256, 16  # that kernels.gpu.segment_digest takes
+SHARED = "workers that share a GPU each need a share: --kv-bytes, or --kv-memory of `baton serve`"
 KEPT_VIEWS = 64  # tensors over blocks
 
 
@@ -68,7 +69,7 @@ class CudaDevice:
         """Without a handle where the driver does not export memory, as under some virtual GPUs."""
 
         def too_little(what: str) -> NoReturn:
-            raise TooLittleMemory(f"the GPU has no {size_bytes} bytes in one piece for the pool: {what}")
+            raise TooLittleMemory(f"the GPU has no {size_bytes} bytes in one piece for the pool ({what}); {SHARED}")
 
         self.enter()
         address = int(self._call("cudaMalloc", size_bytes, failing=too_little))
@@ -169,6 +170,7 @@ class CudaDevice:
         """What the runtime returns beside its status."""
         status, *returned = getattr(self._runtime, name)(*args)
         if int(status) != 0:
+            self._runtime.cudaGetLastError()  # it is said here, and not by whoever looks next on this thread
             failing(f"{name}: {getattr(status, 'name', status)}")
         return returned[0] if returned else None
 

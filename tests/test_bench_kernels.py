@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import ipc as ipc_bench
 from bench.gpu_engine import __main__ as engine_bench
 from bench.gpu_engine.shapes import MODELS, TINY, random_weights
 from bench.gpu_engine.steps import Load, Timed, pages_needed, timed
@@ -253,7 +254,28 @@ def test_the_bench_of_the_engine_runs_with_torch_and_triton_alone(backend: str, 
     done = run_blocked("bench.gpu_engine", "--tiny", "--backend", backend, "--steps", "1", "--json", out)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert [row["status"] for row in rows] == ["timed", "timed", "timed", "absent"], done.stdout
+    assert [row["status"] for row in rows] == ["timed", "timed", "timed"], done.stdout
+
+
+def test_the_bench_of_the_hand_off_runs_with_torch_and_triton_alone(tmp_path: Path) -> None:
+    """Over the stand-in: two processes, the transport and its digests. Without a GPU the real one refuses."""
+    out = tmp_path / "out.json"
+    done = run_blocked("bench.ipc", "--stand-in", "--json", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no figure counts" in done.stdout and "ms per GB, goal <= 1.5" in done.stdout
+    figures = json.loads(out.read_text())
+    assert set(figures["fetch_ms"]) == {"1", "64", "512"} and figures["fixed_ms"] >= 0
+    refused = run_blocked("bench.ipc")
+    assert refused.returncode == 2 and "needs" in refused.stderr
+
+
+def test_what_a_fetch_costs_is_split_into_what_grows_and_what_does_not() -> None:
+    found = ipc_bench.Found("chip", 10**6, {1: 0.9015, 1001: 2.4015}, 0.1)
+    assert found.ms_per_gb == pytest.approx(1.5) and found.fixed_ms == pytest.approx(0.9)
+    said = "\n".join(ipc_bench.lines(found))
+    assert "pass: 0.90 ms fixed" in said and "ms per GB" in said
+    slow = ipc_bench.Found("chip", 10**6, {1: 1.0, 1001: 4.0}, 0.1)
+    assert "miss: 3.00 ms per GB" in "\n".join(ipc_bench.lines(slow))
 
 
 def run_script(tmp_path: Path, **failing: int) -> tuple[int, list[str]]:
@@ -270,10 +292,10 @@ def run_script(tmp_path: Path, **failing: int) -> tuple[int, list[str]]:
 
 def test_the_script_checks_first_and_goes_on_behind_what_fails(tmp_path: Path) -> None:
     tests = ["pytest -q"] * len(list((ROOT / "tests" / "kernels_gpu").glob("test_*.py")))
-    order = ["bench.kernels --check", *tests, "bench.kernels --quick", "bench.gpu_engine --quick"]
+    order = ["bench.kernels --check", *tests, "bench.kernels --quick", "bench.ipc --json", "bench.gpu_engine --quick"]
     assert run_script(tmp_path) == (0, order)
     assert sorted(path.name for path in (tmp_path / "out").glob("*.txt")) == [
-        "check.txt", "engine.txt", "kernels.txt", "tests.txt",
+        "check.txt", "engine.txt", "ipc.txt", "kernels.txt", "tests.txt",
     ]  # fmt: skip
     (tmp_path / "asked").unlink()
     assert run_script(tmp_path, check=3) == (1, order)
@@ -285,4 +307,4 @@ def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
 
 def test_the_parts_of_the_script_end_within_nine_minutes() -> None:
     limits = re.findall(r"^ *part \w+ (\d+) ", (ROOT / "bench" / "h200.sh").read_text(), re.MULTILINE)
-    assert len(limits) == 4 and sum(int(limit) + 5 for limit in limits) <= 535, "each has 5 s to end when it is told to"
+    assert len(limits) == 5 and sum(int(limit) + 5 for limit in limits) <= 535, "each has 5 s to end when it is told to"

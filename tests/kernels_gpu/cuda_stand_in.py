@@ -45,6 +45,9 @@ class Runtime:
     def cudaDeviceSynchronize(self) -> tuple[Status]:
         return (Status.cudaSuccess,)
 
+    def cudaGetLastError(self) -> tuple[Status]:
+        return (Status.cudaSuccess,)
+
     def cudaMalloc(self, size: int) -> tuple[Status, int | None]:
         if size > LARGEST_BYTES:
             return Status.cudaErrorMemoryAllocation, None

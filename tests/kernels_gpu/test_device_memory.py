@@ -160,6 +160,7 @@ def test_the_runtime_takes_what_it_is_called_with() -> None:
         ("cudaIpcOpenMemHandle", (handle, 1)),
         ("cudaIpcCloseMemHandle", (4096,)),
         ("cudaFree", (4096,)),
+        ("cudaGetLastError", ()),
     ]
     for name, arguments in calls:
         status, *_ = getattr(runtime, name)(*arguments)
