@@ -7,8 +7,8 @@ The pool is sized before any weight is read, so that too little memory is said a
     neither          eight of the longest contexts, but at most a quarter of what is free beside the weights,
                      and at least one context
 
-On a GPU nobody else needs the memory: there the model is loaded first, its largest step is run and measured, and what
-is left is the pool's.
+On a GPU nobody else needs the memory but workers that share it, each with its part of the whole: there the model is
+loaded first, its largest step is run and measured, and what is left is the pool's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from baton.available_memory import available_bytes
 from baton.backends import ON_CPU, Backend
@@ -49,6 +49,7 @@ class PoolWish:
     pages: int = 0  # frame 0 included
     kv_bytes: int = 0
     max_context_tokens: int = 0
+    gpu_share: float = 1.0  # of a GPU's memory, all that this process may take there
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the flag."""
@@ -56,6 +57,8 @@ class PoolWish:
             raise ConfigError(f"--page-size must be a multiple of {HASH_UNIT_TOKENS}, got {self.page_size}")
         if min(self.pages, self.kv_bytes, self.max_context_tokens) < 0:
             raise ConfigError("--pages, --kv-memory and --max-context must not be negative")
+        if not 0.0 < self.gpu_share <= 1.0:
+            raise ConfigError(f"--gpu-share must be above 0 and at most 1, got {self.gpu_share}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +104,13 @@ def load(
     measured = backend.on_gpu and not (wish.pages or wish.kv_bytes)
     pages = 0 if measured else _pages(config, layout, context, wish, available)
     model = load_model(checkpoint, dtype, progress, backend.device, backend.ops())
+    if measured:
+        where = _Place(backend.device, wish.gpu_share)
+        pages = _pages_on_device(model, layout, context, where, step, configs)
     return LoadedModel(
         model=model,
         layout=layout,
-        pages=_pages_on_device(model, layout, context, backend.device, step, configs) if measured else pages,
+        pages=pages,
         identity=identity(checkpoint),
         end_ids=config.eos_ids,
         vocabulary=config.vocab_size,
@@ -114,11 +120,16 @@ def load(
     )
 
 
+class _Place(NamedTuple):
+    device: str
+    share: float
+
+
 def _pages_on_device(
     model: Model,
     layout: PageLayout,
     context: int,
-    device: str,
+    place: _Place,
     step: tuple[int, int],
     configs: AttentionConfigs | None,
 ) -> int:
@@ -127,14 +138,16 @@ def _pages_on_device(
 
     from engine.device_pool import LargestStep, pages_beside, step_bytes
 
-    where = torch.device(device)
+    where = torch.device(place.device)
     try:
         taken_bytes = step_bytes(model, layout, LargestStep(*step), where, configs)
     except EngineError as error:
         advice = "where memory ran out, give smaller --step-tokens or --max-rows"
         raise StartupError(f"the largest step was tried, and failed: {error.message}; {advice}") from error
     torch.cuda.empty_cache()
-    free_bytes, _ = torch.cuda.mem_get_info(where)
+    free_bytes, all_bytes = torch.cuda.mem_get_info(where)
+    if place.share < 1.0:  # the others may not have taken theirs yet
+        free_bytes = min(free_bytes, int(all_bytes * place.share) - torch.cuda.memory_reserved(where))
     return pages_beside(free_bytes, taken_bytes + PROOF_FRAMES * layout.page_bytes, layout, context)
 
 

@@ -54,6 +54,7 @@ class WorkerOptions:
     page_size: int = option(16, help="tokens per page, a multiple of 16")
     pages: int = option(0, help="pages of the pool; 0: as kv-bytes allows")
     kv_bytes: int = option(0, help="memory for the pool; 0: eight contexts, at most a quarter of what is free")
+    gpu_share: float = option(1.0, help="of its GPU's memory, for weights and pool: less where others share the GPU")
     max_context: int = option(0, help="longest prompt and output together; 0: the model's own")
     step_tokens: int = option(512, help="prompt tokens computed in one step, at most")
     local_prefill: int = option(128, help="decode worker: prompts with fewer uncached tokens are prefilled there")

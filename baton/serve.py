@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tls", default="", metavar="DIR", help="mutual TLS, with ca.crt and ROLE.crt, ROLE.key of each role in there")
     add("--transport", default="local", choices=TRANSPORTS, help="how pages move; local: by shared memory")
     add("--backend", default="auto", choices=BACKENDS, help="what computes: torch on the CPU, triton on a GPU")
-    add("--device", default="auto", choices=DEVICES, help="where workers compute; those of one GPU need --kv-memory")
+    add("--device", default="auto", choices=DEVICES, help="where workers compute; one GPU is shared by all of them")
     add("--ray", action="store_true", help="the same on a Ray cluster that it starts here, a deployment for each tier")
     add("--registry", default="", metavar="URL", help="a running Redis, where routers share limits")
     add("--registry-prefix", default="baton", metavar="NAME", help="what its keys begin with there")
@@ -182,6 +182,7 @@ class Launcher:
             transport=args.transport,
             backend=args.backend,
             device=args.device,
+            gpu_share=1.0 / (args.prefill + args.decode),
             nice=PREFILL_NICE if role == "prefill" else 0,
             prefill_share=args.prefill_share,
             served_name=args.served_model_name or self._checkpoint.name,

@@ -137,7 +137,7 @@ class WorkerProcess:
     def _load(self, backend: Backend) -> tuple[LoadedModel, Frames, Executor]:
         """On the compute thread: torch's own threads are made by it, with its priority."""
         o = self._options
-        wish = PoolWish(o.page_size, o.pages, o.kv_bytes, o.max_context)
+        wish = PoolWish(o.page_size, o.pages, o.kv_bytes, o.max_context, o.gpu_share)
         weights = [0, 0]
 
         def weights_loaded(done: int, total: int) -> None:

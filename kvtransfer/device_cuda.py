@@ -22,7 +22,7 @@ from kvtransfer.digest import XXH3_64, SegmentDigest, algorithm, digest_page
 
 DEVICE = 0
 LEAST_SEGMENT_BYTES, SEGMENT_UNIT_BYTES = 256, 16  # that kernels.gpu.segment_digest takes
-SHARED = "workers that share a GPU each need a share: --kv-bytes, or --kv-memory of `baton serve`"
+SHARED = "others may use it: give the workers that share a GPU less each, --gpu-share or --kv-bytes"
 KEPT_VIEWS = 64  # tensors over blocks
 
 

@@ -75,6 +75,7 @@ def _plain(args: argparse.Namespace, checkpoint: Path, folder: Path, registry: s
         "transport": args.transport,
         "backend": args.backend,
         "device": args.device,
+        "gpu_share": 1.0 / (args.prefill + args.decode),
         "prefill_share": args.prefill_share,
         "digest": args.digest,
     }

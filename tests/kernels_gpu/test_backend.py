@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from baton import backends
+from baton import backends, loaded_model, serve
 from baton.backends import Backend, backend_of
 from baton.loaded_model import PoolWish
 from baton.local_engine import EngineWish, LocalEngine, load_with_bar
@@ -19,6 +20,8 @@ from core.clock import monotonic_s
 from core.errors import ConfigError, TooLittleMemory
 from core.layout import PageLayout
 from core.sampling import SamplingParams
+from engine import device_pool
+from engine.config import read_config
 from engine.device_pool import (
     LargestStep,
     frames_over,
@@ -125,6 +128,33 @@ def test_the_pool_takes_what_the_step_leaves() -> None:
     assert pages_beside(1000 * LAYOUT.page_bytes, 60 * LAYOUT.page_bytes, LAYOUT, 64) == 900
     with pytest.raises(TooLittleMemory, match="smaller steps"):
         pages_beside(1000 * LAYOUT.page_bytes, 958 * LAYOUT.page_bytes, LAYOUT, 64)
+
+
+@pytest.mark.parametrize("share,free,wanted", [(1.0, 900, 838), (0.5, 900, 440), (0.5, 300, 238)])
+def test_workers_that_share_a_gpu_take_a_part_of_it_each(
+    share: float, free: int, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is free counts only as far as the part reaches, weights included: the others may not have taken theirs."""
+    monkeypatch.setattr(device_pool, "step_bytes", lambda *_: 60 * LAYOUT.page_bytes)
+    monkeypatch.setattr(device_pool, "KEPT_SHARE", 0.0)
+    page = LAYOUT.page_bytes
+    says = {"mem_get_info": (free * page, 1200 * page), "memory_reserved": 98 * page, "empty_cache": None}
+    for name, said in says.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, said=said: said)
+    model = load_model(save_tiny("llama3", tmp_path))
+    place = loaded_model._Place("cpu", share)
+    assert loaded_model._pages_on_device(model, LAYOUT, 64, place, (512, 256), None) == wanted
+    with pytest.raises(ConfigError, match="--gpu-share"):
+        PoolWish(gpu_share=0.0)
+
+
+def test_the_launcher_passes_on_what_computes_and_shares_the_gpu(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    args = parser.parse_args(["m", "--prefill", "1", "--decode", "3", "--backend", "triton", "--device", "cuda"])
+    folder = save_tiny("llama3", tmp_path)
+    workers = serve.Launcher(args, folder, read_config(folder), tmp_path)._workers()
+    assert {(w.backend, w.device, w.gpu_share, w.transport) for w in workers} == {("triton", "cuda", 0.25, "local")}
 
 
 def generated(folder: Path, backend: str, device: str) -> list[int]:
