@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.kernels_gpu.casts import use_exact_casts
+from tests.kernels_gpu.quick_calls import patch_once_per_kernel
 
 COMPILED = torch.cuda.is_available()
 
@@ -25,7 +26,8 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def exact_casts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter rounds as the hardware does."""
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It rounds as the hardware does, and does not prepare itself again and again."""
     if not COMPILED:
         use_exact_casts(monkeypatch)
+        patch_once_per_kernel(monkeypatch)

@@ -97,8 +97,8 @@ def test_prompts_in_chunks_and_decode_give_the_reference_tokens(
 ) -> None:
     """Chunks, mixed steps and decode steps; what is not a row's own slot is not written."""
     both = Both(folders[name], device)
-    runs = [both.open(length) for length in (1, 17, 40)]
-    both.finish(runs, 5, chunk=16)
+    runs = [both.open(length) for length in (1, 17, 33)]
+    both.finish(runs, 4, chunk=16)
     assert both.fed > 0 and set(both.buckets) <= {1, 2, 4}
     written = {(run.pages[p // 16], p % 16) for run in runs for p in range(run.computed)}
     frames = both.frames.cpu()
@@ -121,7 +121,7 @@ def test_rows_of_every_sampling_share_steps(folders: dict[str, Path], device: to
         SamplingParams(max_tokens=9, temperature=0.9, typical_p=0.7),
         GREEDY,
     ]
-    runs = [both.open(20 + i, params) for i, params in enumerate(kinds)]
+    runs = [both.open(5 + i, params) for i, params in enumerate(kinds)]
     both.finish(runs[:4], 2)
     both.finish(runs, 3)
 
@@ -151,7 +151,7 @@ def test_a_preempted_and_replayed_sequence_goes_on_as_it_would_have(
     """Others leave and enter meanwhile: slots change hands, and buckets shrink."""
     both = Both(folders["llama3"], device)
     params = SamplingParams(max_tokens=64, temperature=0.8, top_k=50)
-    runs = [both.open(length, params) for length in (15, 9, 22, 31)]
+    runs = [both.open(length, params) for length in (15, 3, 6, 17)]
     both.finish(runs, 3)
     straight = both.open(15, params)
     straight.number = 77
