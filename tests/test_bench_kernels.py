@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ from bench.gpu_engine import __main__ as engine_bench
 from bench.gpu_engine.shapes import MODELS, TINY, random_weights
 from bench.gpu_engine.steps import Load, Timed, pages_needed, timed
 from bench.kernels import __main__ as kernels_bench
+from bench.kernels import measure
 from bench.kernels.measure import Rates, checked, measured
 from bench.kernels.rows import (
     Asked,
@@ -37,6 +38,7 @@ from bench.kernels.rows import (
     table_lines,
 )
 from engine.batch import Batch, RowResult, SampledToken
+from kernels.gpu import timing
 from kernels.gpu.tuning import EMPTY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +140,33 @@ def test_a_row_that_fails_leaves_the_others_their_turn() -> None:
     told: list[Outcome] = []
     outcomes = measured([Row("a", "us", broken), a_row()], ASKED, at(H200), told.append)
     assert [outcome.status for outcome in outcomes] == ["failed", "timed"] and told == outcomes
+
+
+def test_what_was_known_when_the_time_was_up_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both benches: the second row does not come to its end."""
+    path = tmp_path / "rows.json"
+
+    def kernels(*given: Any) -> list[Outcome]:
+        given[-1](Outcome("first", "TB/s", "timed"))
+        raise TimeoutError
+
+    monkeypatch.setattr(measure, "machine_rates", lambda device, seconds: OTHER)
+    monkeypatch.setattr(measure, "measured", kernels)
+    monkeypatch.setattr(timing, "GpuTimer", lambda device, repeats: argparse.Namespace(seconds=None))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(TimeoutError):
+        kernels_bench.measure(kernels_bench.parse_args(["--json", str(path)]))
+    assert [row["name"] for row in json.loads(path.read_text())["rows"]] == ["first"]
+
+    def engine(*given: object) -> Iterator[engine_bench.Outcome]:
+        yield engine_bench.Outcome("m", "first", "timed")
+        raise TimeoutError
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the bench sets it, and this process wants it back as it was
+    monkeypatch.setattr(engine_bench, "run", engine)
+    with pytest.raises(TimeoutError):
+        engine_bench.main(["--tiny", "--backend", "torch", "--json", str(path)])
+    assert [row["load"] for row in json.loads(path.read_text())["rows"]] == ["first"]
 
 
 def test_results_are_compared() -> None:

@@ -63,7 +63,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="timed steps; 0: 100, with --quick 30, with --tiny 3")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, Triton's interpreter")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, help="file of tuned configurations, before the shipped ones")
+    parser.add_argument("--json", type=Path, help="where the rows go as JSON too, each when it is known")
     args = parser.parse_args(argv)
     if args.backend == "torch" and not args.tiny:
         parser.error("--backend torch runs with --tiny only")
@@ -88,10 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for outcome in run(args, chip, device):
         outcomes.append(outcome)
         print(f"{outcome.model} {outcome.load}: {outcome.status} {outcome.reason}", file=sys.stderr, flush=True)
+        if args.json is not None:
+            described = {"chip": chip, "torch": torch.__version__, "rows": [asdict(outcome) for outcome in outcomes]}
+            args.json.write_text(json.dumps(described, indent=1) + "\n")
     print("\n".join(table_lines(chip, outcomes)))
-    if args.json is not None:
-        described = {"chip": chip, "torch": torch.__version__, "rows": [asdict(outcome) for outcome in outcomes]}
-        args.json.write_text(json.dumps(described, indent=1) + "\n")
     return EXIT_FAILED if any(outcome.status == "failed" for outcome in outcomes) else 0
 
 
@@ -114,6 +115,7 @@ def of_model(
     """Every load over one executor, one after the other."""
     from bench.gpu_engine.executors import executor_of
     from bench.gpu_engine.steps import pages_needed, timed
+    from kernels.gpu.tuning import EMPTY, load_table
 
     loads, warm = loads_of(args), 1 if args.tiny else 10
     steps = args.steps or (3 if args.tiny else 30 if args.quick else 100)
@@ -121,7 +123,8 @@ def of_model(
     most = max(load.rows for load in loads)
     try:
         pages = pages_needed(loads, args.page_size, warm + steps)
-        executor = executor_of(config, args.backend, pages, args.page_size, most, device)
+        table = EMPTY if args.tiny else load_table(chip, args.table)
+        executor = executor_of(config, args.backend, pages, args.page_size, most, device, table)
     except ModuleNotFoundError as error:
         yield Outcome(name, "all", "absent", f"({error.name})")
         return

@@ -11,27 +11,31 @@ from bench.gpu_engine.steps import Runs
 from core.layout import PageLayout
 from engine.architectures.registry import find_architecture
 from engine.config import ModelConfig
+from kernels.gpu.tuning import Table
 
 Backend = Literal["triton", "torch"]
 
 
 def executor_of(
-    config: ModelConfig, backend: Backend, pages: int, page_size: int, max_rows: int, device: torch.device
+    config: ModelConfig, backend: Backend, pages: int, page_size: int, max_rows: int, device: torch.device, table: Table
 ) -> Runs:
     """Raises ModuleNotFoundError where the backend is not there. `torch` runs on the CPU alone."""
     if backend == "triton":
-        return _triton(config, pages, page_size, max_rows, device)
+        return _triton(config, pages, page_size, max_rows, device, table)
     return _plain(config, pages, page_size)
 
 
-def _triton(config: ModelConfig, pages: int, page_size: int, max_rows: int, device: torch.device) -> Runs:
+def _triton(
+    config: ModelConfig, pages: int, page_size: int, max_rows: int, device: torch.device, table: Table
+) -> Runs:
+    from engine.attention_configs import AttentionConfigs
     from engine.triton_executor import TritonExecutor
     from engine.triton_ops import triton_ops
 
     model = find_architecture(config.architecture).build(config, random_weights(config, device), triton_ops())
     shape = (pages, config.kv_heads, config.layers, 2, page_size, config.head_dim)
     frames = torch.empty(shape, dtype=getattr(torch, config.dtype), device=device).normal_()
-    return TritonExecutor(model, frames, max_rows)
+    return TritonExecutor(model, frames, max_rows, AttentionConfigs(config, page_size, frames.dtype, table))
 
 
 def _plain(config: ModelConfig, pages: int, page_size: int) -> Runs:

@@ -40,7 +40,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains it")
     parser.add_argument("--alone", action="store_true", help="without other libraries beside")
     parser.add_argument("--table", type=Path, help="file of tuned configurations, before the shipped ones")
-    parser.add_argument("--json", type=Path, help="where the table goes as JSON too")
+    parser.add_argument("--json", type=Path, help="where the table goes as JSON too, each row when it is known")
     return parser.parse_args(argv)
 
 
@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     machine, outcomes = (None, check(args)) if args.check or args.interpret else measure(args)
     print("\n".join(table_lines(machine, outcomes)))
-    if args.json is not None:
-        args.json.write_text(json.dumps(described(machine, outcomes), indent=1) + "\n")
+    save(args, machine, outcomes)
     return EXIT_FAILED if any(outcome.status == "failed" for outcome in outcomes) else 0
 
 
@@ -96,10 +95,20 @@ def measure(args: argparse.Namespace) -> tuple[Machine, list[Outcome]]:
     machine = machine_rates(device, timer.seconds)
     asked = Asked(device, load_table(machine.chip, args.table), small=False, beside=not args.alone)
 
+    known: list[Outcome] = []
+
     def tell(outcome: Outcome) -> None:
         print(f"{outcome.name}: {outcome.status} {outcome.reason}", file=sys.stderr, flush=True)
+        known.append(outcome)
+        save(args, machine, known)
 
     return machine, measured(chosen_rows(args), asked, Rates(timer.seconds, machine), tell)
+
+
+def save(args: argparse.Namespace, machine: Machine | None, outcomes: list[Outcome]) -> None:
+    """Whoever is ended before the last row leaves the others."""
+    if args.json is not None:
+        args.json.write_text(json.dumps(described(machine, outcomes), indent=1) + "\n")
 
 
 def described(machine: Machine | None, outcomes: list[Outcome]) -> dict[str, object]:
