@@ -244,7 +244,7 @@ class Sending:
 
     def write(self, position: int, name: bytes, page: int) -> FilledPage:
         """What the engine does."""
-        self.frames.page(page)[:] = content(name, self.frames.layout)
+        self.frames.write(page, content(name, self.frames.layout))
         return FilledPage(position, name, page)
 
 

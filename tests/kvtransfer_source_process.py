@@ -14,6 +14,8 @@ from kvtransfer_pair import LAYOUT, PRINT, XXH3, Sending, prompt_of
 from core.clock import monotonic_s
 from core.messages import Peer, WorkerId
 from kvtransfer.client import HandoffDialer
+from kvtransfer.cuda_ipc import CudaIpcTransport
+from kvtransfer.device_in_memory import InMemoryDevice
 from kvtransfer.frames import Frames
 from kvtransfer.messages import HandoffKey
 from kvtransfer.shm import ShmTransport
@@ -23,6 +25,8 @@ from kvtransfer.transport import Transport
 def transport_of(name: str) -> Transport:
     if name == "shm":
         return ShmTransport()
+    if name == "cuda":
+        return CudaIpcTransport()
     from kvtransfer.ucx import UcxTransport
 
     return UcxTransport()
@@ -30,7 +34,8 @@ def transport_of(name: str) -> Transport:
 
 async def main(me: WorkerId, receiver: Peer, transport: Transport, head_dim: int) -> None:
     layout = replace(LAYOUT, head_dim=head_dim)
-    frames = Frames.shared(layout, 257)
+    on_device = transport.name == "cuda"
+    frames = Frames.on_device(layout, 257, InMemoryDevice()) if on_device else Frames.shared(layout, 257)
     await transport.serve(frames, XXH3)
     fingerprint = replace(PRINT, layout=layout)
     worker = Sending(
@@ -63,6 +68,6 @@ if __name__ == "__main__":
             WorkerId(name, int(incarnation)),
             Peer(WorkerId(receiver_name, int(receiver_incarnation)), endpoint),
             transport_of(more[0] if more else "shm"),
-            int(more[1]) if more else LAYOUT.head_dim,
+            int(more[1]) if more[1:] else LAYOUT.head_dim,
         )
     )

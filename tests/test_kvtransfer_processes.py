@@ -1,4 +1,7 @@
-"""Two processes, gRPC between them and shared memory under them: hand-offs, and sources that are killed and stopped."""
+"""Two processes, gRPC between them and shared memory under them: hand-offs, and sources that are killed and stopped.
+
+The memory is the host's, or that of a stand-in device, which the receiver opens as it opens a GPU's.
+"""
 
 import asyncio
 import contextlib
@@ -8,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -17,10 +21,13 @@ from core.clock import monotonic_s
 from core.errors import PeerLost
 from core.messages import Peer, WorkerId
 from kvtransfer import server
+from kvtransfer.cuda_ipc import CudaIpcTransport
+from kvtransfer.device_in_memory import InMemoryDevice
 from kvtransfer.frames import Frames
 from kvtransfer.liveness import LeaseTerms, Timing
 from kvtransfer.messages import HandoffKey
 from kvtransfer.shm import ShmTransport
+from tests.kvtransfer_seen import Seen, served
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "tests" / "kvtransfer_source_process.py"
@@ -30,15 +37,18 @@ QUICK = Timing(lease=LeaseTerms(life_s=2.0, renew_s=0.4, lost_s=0.5, connect_s=2
 class Sink:
     """The decode worker: this process."""
 
-    def __init__(self) -> None:
-        self.frames = Frames.shared(LAYOUT, 257)
-        self.transport = ShmTransport()
+    def __init__(self, kind: str) -> None:
+        on_device = kind == "cuda"
+        self.frames: Any = (
+            Seen(Frames.on_device(LAYOUT, 257, InMemoryDevice())) if on_device else Frames.shared(LAYOUT, 257)
+        )
+        self.transport = CudaIpcTransport() if on_device else ShmTransport()
         self.worker = Receiving(WorkerId("d", 1), self.frames, self.transport, monotonic_s, timing=QUICK)
         self.server = grpc.aio.server(options=server.KEEPALIVE)
         self.endpoint = ""
 
     async def open(self) -> None:
-        await self.transport.serve(self.frames, XXH3)
+        await self.transport.serve(served(self.frames), XXH3)
         self.worker.link.start(server.add_handoff_service(self.server, self.worker.link))
         self.endpoint = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         await self.server.start()
@@ -79,7 +89,7 @@ class Child:
 
 @contextlib.asynccontextmanager
 async def child_of(sink: Sink, incarnation: int) -> AsyncIterator[Child]:
-    arguments = ["p", str(incarnation), "d", "1", sink.endpoint]
+    arguments = ["p", str(incarnation), "d", "1", sink.endpoint, sink.transport.name]
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(PROGRAM),
@@ -96,9 +106,9 @@ async def child_of(sink: Sink, incarnation: int) -> AsyncIterator[Child]:
         await process.wait()
 
 
-@pytest.fixture
-async def sink() -> AsyncIterator[Sink]:
-    sink = Sink()
+@pytest.fixture(params=["shm", "cuda"])
+async def sink(request: pytest.FixtureRequest) -> AsyncIterator[Sink]:
+    sink = Sink(request.param)
     await sink.open()
     yield sink
     await sink.close()
