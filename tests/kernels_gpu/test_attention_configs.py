@@ -136,4 +136,5 @@ def test_a_largest_step_that_fails_ends_the_start(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(device_pool, "step_bytes", fails)
     loaded = load(save_tiny("llama3", tmp_path), "auto", PoolWish(pages=70))
     with pytest.raises(StartupError, match="smaller --step-tokens"):
-        loaded_model._pages_on_device(loaded.model, loaded.layout, 64, "cuda", (40, 2), None)
+        place = loaded_model._Place("cuda", 1.0)
+        loaded_model._pages_on_device(loaded.model, loaded.layout, 64, place, (40, 2), None)
