@@ -8,6 +8,7 @@ A process sees one GPU: which one is for CUDA_VISIBLE_DEVICES to say.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ import torch
 
 from core.errors import ConfigError
 from engine.ops import PLAIN, Ops
+
+log = logging.getLogger(__name__)
 
 INTERPRETER = "TRITON_INTERPRET"  # Triton's own variable
 
@@ -45,8 +48,7 @@ def backend_of(name: str, device: str) -> Backend:
     """From --backend (auto, torch, triton) and --device (auto, cpu, cuda). Raises ConfigError, naming the flag."""
     gpu = torch.cuda.is_available()
     if name == "auto":
-        wanted = device == "cuda" or (device == "auto" and gpu and not _missing())
-        name = "triton" if wanted else "torch"
+        name = "triton" if device == "cuda" or (device == "auto" and gpu and _all_there()) else "torch"
     if device == "auto":
         device = "cuda" if gpu and name == "triton" else "cpu"
     if device == "cuda" and not gpu:
@@ -56,6 +58,14 @@ def backend_of(name: str, device: str) -> Backend:
     if name == "triton":
         _check_triton(device)
     return Backend(name, device)
+
+
+def _all_there() -> bool:
+    """Whether the GPU that was found can be used; if not, it is said."""
+    missing = _missing()
+    if missing:
+        log.warning("there is a GPU, and it is not used: %s not installed; baton[gpu] brings it", " and ".join(missing))
+    return not missing
 
 
 def _missing() -> list[str]:

@@ -51,13 +51,18 @@ class Fence:
             self._event.synchronize()
 
 
-@contextmanager
-def beside_the_steps(device: torch.device) -> Iterator[None]:
-    """What is launched inside waits for no step in flight, and the device has done it at the end."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
+class SideStream:
+    """For small work beside the steps; one for each executor, as torch hands the same few out again and again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def done(self) -> Iterator[None]:
+        """What is launched inside waits for no step in flight, and the device has done it at the end."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()

@@ -22,7 +22,7 @@ from core.errors import EngineError, StartupError
 from engine.attention_configs import AttentionConfigs
 from engine.batch import Batch, PageCopy, Row, RowResult
 from engine.decode_graphs import LAST_SAMPLED, DecodeGraphs
-from engine.device_copy import Fence, beside_the_steps, to_device
+from engine.device_copy import Fence, SideStream, to_device
 from engine.device_sampler import Sampling, on_device
 from engine.model import Attend, Model, Rotary
 from engine.row_slots import BUCKETS, Held, RowSlots, bucket_for
@@ -73,6 +73,7 @@ class TritonExecutor:
         self._slots = RowSlots(slots, width, page_size, len(frames))
         self._configs = configs or AttentionConfigs(config, page_size, frames.dtype)
         self._graphs = DecodeGraphs(model, frames, slots, width, self._configs)
+        self._side = SideStream(frames.device)
         self._most = slots
 
     def execute(self, batch: Batch) -> list[RowResult]:
@@ -118,7 +119,7 @@ class TritonExecutor:
 
     def zero_tail(self, page: int, used_tokens: int) -> None:
         """Waits: the page may be digested and offered at once."""
-        with beside_the_steps(self._frames.device):
+        with self._side.done():
             self._frames[page, :, :, :, used_tokens:].zero_()
 
     def _failed(self, batch: Batch, error: BaseException) -> EngineError:

@@ -135,13 +135,15 @@ class CudaDevice:
 
     @contextmanager
     def _launching(self) -> Iterator[None]:
-        """What is launched inside has been done at the end. Raises PeerLost."""
+        """What is launched inside has been done at the end, also when something after it has failed. Raises PeerLost."""
         torch = self._torch
         with self._turn:
             try:
-                with torch.inference_mode(), torch.cuda.device(self._where), torch.cuda.stream(self._stream):
-                    yield
-                self._stream.synchronize()
+                try:
+                    with torch.inference_mode(), torch.cuda.device(self._where), torch.cuda.stream(self._stream):
+                        yield
+                finally:
+                    self._stream.synchronize()
             except (RuntimeError, *self._errors) as error:
                 raise PeerLost(f"the GPU has failed: {error}") from error
 

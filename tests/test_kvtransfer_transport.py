@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -25,6 +25,7 @@ from core.messages import WorkerId
 from kvtransfer import shm
 from kvtransfer.cuda_ipc import CudaIpcTransport
 from kvtransfer.device_in_memory import InMemoryDevice
+from kvtransfer.device_memory import Block, PageCopy
 from kvtransfer.digest import XXH3_64, algorithm, digest_page
 from kvtransfer.frames import Frames, epochs_offset, memory_bytes
 from kvtransfer.host import Host
@@ -485,6 +486,7 @@ from core.layout import PageLayout
 from core.messages import WorkerId
 from kvtransfer.cuda_ipc import CudaIpcTransport
 from kvtransfer.device_in_memory import InMemoryDevice
+from kvtransfer.device_memory import Block, PageCopy
 from kvtransfer.digest import XXH3_64, algorithm
 from kvtransfer.frames import Frames
 from kvtransfer.shm import ShmTransport
@@ -568,6 +570,114 @@ async def test_a_source_killed_or_stopped_once_mapped_never_hurts_its_reader(
         assert bytes(elsewhere.ours.page(1)) == bytes([1]) * LAYOUT.page_bytes
         await elsewhere.receiver.forget(P)
     assert mapped_pools() == maps
+
+
+# --- devices -------------------------------------------------------------------------------------------------
+
+
+class SlowToOpen(InMemoryDevice):
+    """As a driver may be. `opened` holds what has not been closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = threading.Event()
+        self.may_go_on = threading.Event()
+        self.opened: list[Block] = []
+
+    def open(self, handle: bytes, size_bytes: int) -> Block:
+        self.begun.set()
+        assert self.may_go_on.wait(5.0)
+        self.opened.append(super().open(handle, size_bytes))
+        return self.opened[-1]
+
+    def close(self, block: Block) -> None:
+        self.opened = [other for other in self.opened if other is not block]
+        super().close(block)
+
+
+async def test_a_peer_that_is_forgotten_while_its_block_is_opened_leaves_nothing_open() -> None:
+    rig = await make_rig("cuda")
+    device = SlowToOpen()
+    ours = Frames.on_device(LAYOUT, PAGES, device)
+    receiver = CudaIpcTransport()
+    await receiver.serve(ours, XXH3)
+    await receiver.meet(P, rig.descriptor)
+    fetch = asyncio.ensure_future(receiver.fetch(P, 1, [Piece(0, 0, 0)]))
+    await asyncio.to_thread(device.begun.wait, 5.0)
+    forgetting = asyncio.ensure_future(receiver.forget(P))
+    await asyncio.sleep(0.01)
+    assert not forgetting.done(), "what is being opened is to be closed first"
+    device.may_go_on.set()
+    await forgetting
+    with pytest.raises(PeerLost):
+        await fetch
+    assert not device.opened
+    await receiver.meet(P, rig.descriptor)
+    assert isinstance((await receiver.fetch(P, 1, [Piece(0, 0, 0)]))[0], bytes) and len(device.opened) == 1
+    await receiver.close()
+    assert not device.opened
+    ours.close()
+    await close(rig)
+
+
+class NotExporting(InMemoryDevice):
+    """Of a driver that does not."""
+
+    def allocate(self, size_bytes: int) -> Block:
+        return replace(super().allocate(size_bytes), handle=b"")
+
+
+async def test_what_cannot_be_opened_loses_the_peer_in_words() -> None:
+    rig = await make_rig("cuda")
+    frames = Frames.on_device(LAYOUT, PAGES, NotExporting())
+    silent = CudaIpcTransport()
+    await silent.serve(frames, XXH3)
+    await rig.receiver.meet(P, await silent.invite(D))
+    with pytest.raises(PeerLost, match="does not export its memory"):
+        await rig.fetch(Piece(0, 0, 0))
+    shared = ShmTransport()
+    in_memory = Frames.shared(LAYOUT, PAGES)
+    await shared.serve(in_memory, XXH3)
+    await rig.receiver.forget(P)
+    await rig.receiver.meet(P, await shared.invite(D))
+    with pytest.raises(HandoffError, match="one of the two pools is on a device"):
+        await rig.fetch(Piece(0, 0, 0))
+    await silent.close()
+    await shared.close()
+    frames.close()
+    in_memory.close()
+    await close(rig)
+
+
+async def test_a_device_that_fails_in_a_copy_loses_the_peer_and_serves_the_next_fetch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = await make_rig("cuda")
+
+    def fail(self: InMemoryDevice, *_: object) -> None:
+        raise PeerLost("the GPU has failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(InMemoryDevice, "copy", fail)
+        with pytest.raises(PeerLost, match="has failed"):
+            await rig.fetch(Piece(0, 0, 0))
+    assert isinstance((await rig.fetch(Piece(0, 0, 0)))[0], bytes)
+    await close(rig)
+
+
+async def test_a_fetch_is_copied_in_launches_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, launches = await make_rig("cuda"), []
+    copy = InMemoryDevice.copy
+
+    def watched(self: InMemoryDevice, source: Block, target: Block, size: int, pages: Sequence[PageCopy]) -> None:
+        launches.append(len(pages))
+        copy(self, source, target, size, pages)
+
+    monkeypatch.setattr(InMemoryDevice, "copy", watched)
+    rig.theirs.epochs[9] = 1
+    arrivals = await rig.fetch(*(Piece(page, 0, page) for page in range(20)))
+    assert launches == [8, 7, 4] and isinstance(arrivals[9], StalePage)
+    await close(rig)
 
 
 def test_the_seals_are_there() -> None:

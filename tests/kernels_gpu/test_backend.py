@@ -57,7 +57,9 @@ def without(*names: str) -> Callable[[str], ModuleSpec | None]:
     return lambda name: None if name in names else find_spec("json" if name.startswith("cuda") else name)
 
 
-def test_auto_takes_triton_where_a_gpu_is(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_triton_where_a_gpu_is(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(backends, "find_spec", without())
     assert backend_of("auto", "auto") == (Backend("triton", "cuda") if gpu else Backend())
     assert backend_of("auto", "cpu") == Backend("torch", "cpu")
@@ -65,6 +67,7 @@ def test_auto_takes_triton_where_a_gpu_is(gpu: bool, monkeypatch: pytest.MonkeyP
     for missing in ("triton", "cuda", "cuda.bindings"):
         monkeypatch.setattr(backends, "find_spec", without(missing))
         assert backend_of("auto", "auto") == Backend("torch", "cpu")
+    assert ("there is a GPU, and it is not used: cuda.bindings not installed" in caplog.text) == gpu
 
 
 def test_what_cannot_be_is_refused_by_its_flag(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
