@@ -135,7 +135,7 @@ class CudaDevice:
 
     @contextmanager
     def _launching(self) -> Iterator[None]:
-        """What is launched inside has been done at the end, also when something after it has failed. Raises PeerLost."""
+        """What is launched inside has been done at the end, also when something behind it failed. Raises PeerLost."""
         torch = self._torch
         with self._turn:
             try:
