@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3.11
 ARGS ?=
 MINUTES ?= 10
+JOBS ?= logical
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +27,9 @@ serve: $(VENV)/.serve ## serve MODEL on PORT with PREFILL and DECODE workers
 	exec $(BIN)/baton serve $(MODEL) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(ARGS)
 
 test: $(VENV)/.dev ## run the tests (ARGS="-k name" chooses)
-	$(BIN)/python -m pytest $(ARGS)
+	@$(call pytest,-n $(JOBS) --maxprocesses 8 --dist loadfile -m "not alone"); shared=$$?; \
+	$(call pytest,-m alone); alone=$$?; \
+	case "$$shared $$alone" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
 
 lint: $(VENV)/.dev ## check style, and that nothing unsafe is imported
 	$(BIN)/ruff check .
@@ -60,6 +63,11 @@ proto-check: $(VENV)/.dev ## fail when wire/ is not what proto/wire/ generates
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# 5 is pytest's word for nothing chosen, as when ARGS names a test of the other half.
+define pytest
+	echo '$(BIN)/python -m pytest $(1) $(ARGS)'; $(BIN)/python -m pytest $(1) $(ARGS)
+endef
 
 define generate
 $(BIN)/python -m grpc_tools.protoc -I proto \

@@ -1,4 +1,10 @@
-"""What all tests share: how many seeds of the simulation they run. `make simulate` runs many more, by itself."""
+"""What all tests share: how many seeds of the simulation they run, and which of them need the machine for themselves.
+
+`make simulate` runs many more seeds, by itself. `make test` runs what is marked `alone` after everything else, one by
+one: real processes that are killed at some moment, or bounds in seconds. The others share the cores.
+"""
+
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +13,8 @@ from baton.quiet_threads import wait_asleep
 wait_asleep()  # before any test loads torch: on cores that others use too, threads that spin take twenty times as long
 
 DEFAULT_SEEDS = 50
+ALONE = ("alerts", "chaos", "processes", "ray")  # folders
+HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,3 +26,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that is marked simulation and takes `seed` runs once for each seed."""
     if "seed" in metafunc.fixturenames and metafunc.definition.get_closest_marker("simulation"):
         metafunc.parametrize("seed", range(metafunc.config.getoption("seeds")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(HERE).parts[0] in ALONE:
+            item.add_marker(pytest.mark.alone)

@@ -13,6 +13,8 @@ from test_kvtransfer_processes import ROOT, Sink
 from core.clock import monotonic_s
 from kvtransfer.messages import Renew
 
+pytestmark = pytest.mark.alone
+
 PROGRAM = Path(__file__).with_name("kvtransfer_busy_process.py")
 WATCHED_S = 4.0
 RENEW_S = 0.2  # of the program
@@ -22,7 +24,7 @@ SLACK_S = 1.5  # of a machine that does other things meanwhile
 
 async def renewals(kind: str, stretch_s: float) -> list[float]:
     """When they came, while the program stepped."""
-    sink, times = Sink(), []
+    sink, times = Sink("shm"), []
     await sink.open()
     take = sink.worker.link.receive
 

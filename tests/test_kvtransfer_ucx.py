@@ -43,6 +43,8 @@ from kvtransfer.ucx_wire import (
     encode_verdicts,
 )
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parent.parent
 XXH3 = algorithm(XXH3_64)
 P, D = WorkerId("p", 7), WorkerId("d", 8)
