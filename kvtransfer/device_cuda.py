@@ -9,6 +9,7 @@ Never run on a GPU, and not measured.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from kvtransfer.device_memory import Block, PageCopy
 from kvtransfer.digest import XXH3_64, SegmentDigest, algorithm, digest_page
 
 DEVICE = 0
+HANDLE_BYTES = 64  # CUDA_IPC_HANDLE_SIZE
 LEAST_SEGMENT_BYTES, SEGMENT_UNIT_BYTES = 256, 16  # that kernels.gpu.segment_digest takes
 SHARED = "others may use it: give the workers that share a GPU less each, --gpu-share or --kv-bytes"
 KEPT_VIEWS = 64  # tensors over blocks
@@ -81,16 +83,17 @@ class CudaDevice:
 
     def _exported(self, address: int) -> bytes:
         try:
-            return bytes(self._call("cudaIpcGetMemHandle", address, failing=_lost).reserved)
+            handle = self._call("cudaIpcGetMemHandle", address, failing=_lost)
         except PeerLost:
             return b""
+        return ctypes.string_at(int(handle.getPtr()), HANDLE_BYTES)  # the one view of it that all versions have
 
     def open(self, handle: bytes, size_bytes: int) -> Block:
         """The size is the peer's word: CUDA does not say how large what it has opened is."""
-        given = self._runtime.cudaIpcMemHandle_t()
-        if len(handle) != len(bytes(given.reserved)):
+        if len(handle) != HANDLE_BYTES:
             raise PeerLost(f"a handle of {len(handle)} bytes")
-        given.reserved = handle
+        given = self._runtime.cudaIpcMemHandle_t()
+        ctypes.memmove(int(given.getPtr()), handle, HANDLE_BYTES)
         self.enter()
         flags = int(self._runtime.cudaIpcMemLazyEnablePeerAccess)
         return Block(int(self._call("cudaIpcOpenMemHandle", given, flags, failing=_lost)), size_bytes)

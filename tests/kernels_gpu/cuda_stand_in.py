@@ -10,13 +10,12 @@ import ctypes
 import itertools
 from collections.abc import Iterator
 from enum import IntEnum
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from kernels.gpu import errors, segment_digest, segments
-from kvtransfer.device_cuda import CudaDevice
+from kvtransfer.device_cuda import HANDLE_BYTES, CudaDevice
 from kvtransfer.device_memory import Block
 
 ALIGN = 256  # of what cudaMalloc gives
@@ -27,6 +26,16 @@ class Status(IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
     cudaErrorInvalidResourceHandle = 400
+
+
+class Handle:
+    """cudaIpcMemHandle_t"""
+
+    def __init__(self, address: int = 0) -> None:
+        self.bytes = ctypes.create_string_buffer(address.to_bytes(HANDLE_BYTES, "little"), HANDLE_BYTES)
+
+    def getPtr(self) -> int:
+        return ctypes.addressof(self.bytes)
 
 
 class Runtime:
@@ -64,16 +73,16 @@ class Runtime:
         del self.memory[address]
         return (Status.cudaSuccess,)
 
-    def cudaIpcMemHandle_t(self) -> Any:
-        return SimpleNamespace(reserved=bytes(64))
+    def cudaIpcMemHandle_t(self) -> Handle:
+        return Handle()
 
-    def cudaIpcGetMemHandle(self, address: int) -> tuple[Status, Any]:
+    def cudaIpcGetMemHandle(self, address: int) -> tuple[Status, Handle | None]:
         if not self.exports:
             return Status.cudaErrorInvalidResourceHandle, None
-        return Status.cudaSuccess, SimpleNamespace(reserved=address.to_bytes(64, "little"))
+        return Status.cudaSuccess, Handle(address)
 
-    def cudaIpcOpenMemHandle(self, handle: Any, flags: int) -> tuple[Status, int | None]:
-        address = int.from_bytes(handle.reserved, "little")
+    def cudaIpcOpenMemHandle(self, handle: Handle, flags: int) -> tuple[Status, int | None]:
+        address = int.from_bytes(handle.bytes.raw, "little")
         if address not in self.memory:
             return Status.cudaErrorInvalidResourceHandle, None
         self.opened.append(address)

@@ -6,6 +6,7 @@ thing, but for opening: a process cannot open what it has exported itself.
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 
 from core.errors import ConfigError, PeerLost, TooLittleMemory
 from core.layout import PageLayout
-from kvtransfer.device_cuda import CudaDevice
+from kvtransfer.device_cuda import HANDLE_BYTES, CudaDevice
 from kvtransfer.device_in_memory import InMemoryDevice
 from kvtransfer.device_memory import MAX_HANDLE_BYTES, Block, DeviceMemory, PageCopy
 from kvtransfer.digest import XXH3_64, algorithm, digest_page, keyed
@@ -148,8 +149,9 @@ def test_the_runtime_takes_what_it_is_called_with() -> None:
     device = Interpreted()
     device._runtime = runtime
     handle = runtime.cudaIpcMemHandle_t()
-    handle.reserved = bytes(64)
-    assert len(bytes(handle.reserved)) == 64 and int(runtime.cudaIpcMemLazyEnablePeerAccess) == 1
+    ctypes.memmove(int(handle.getPtr()), bytes(range(HANDLE_BYTES)), HANDLE_BYTES)
+    assert ctypes.string_at(int(handle.getPtr()), HANDLE_BYTES) == bytes(range(HANDLE_BYTES))
+    assert int(runtime.cudaIpcMemLazyEnablePeerAccess) == 1
     with pytest.raises(ConfigError, match="cudaSetDevice: cudaError"):
         device.enter()
     calls: list[tuple[str, tuple[Any, ...]]] = [
