@@ -165,9 +165,10 @@ def test_the_image_has_every_package_and_the_user_of_the_chart() -> None:
     dockerfile = (folder / "Dockerfile").read_text()
     user = VALUES["security"]["runAsUser"]
     assert f"USER {user}:{user}" in dockerfile and f"--uid {user}" in dockerfile
-    extras = re.findall(r"extras=([a-z,]+)", dockerfile)
+    extras = [set(line.split(",")) for line in re.findall(r"extras=([a-z0-9,-]+)", dockerfile)]
     known = set(project["project"]["optional-dependencies"])
-    assert extras and all({"ray", "redis", "kubernetes", "ucx"} <= set(line.split(",")) <= known for line in extras)
+    assert extras and all({"ray", "redis", "kubernetes"} <= line <= known for line in extras)
+    assert all(("ucx-cu13" if "gpu" in line else "ucx") in line for line in extras), "by the CUDA that torch is built for"
     assert "bash wget" in dockerfile, "KubeRay's probes and start commands call them"
 
 
