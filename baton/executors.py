@@ -14,7 +14,9 @@ from kvtransfer.frames import Frames, Progress
 def frames_for(loaded: LoadedModel, shared: bool, progress: Progress | None = None) -> Frames:
     """`shared`: other processes may map it, as they may a pool on a GPU. Raises TooLittleMemory and ConfigError."""
     if loaded.backend.on_gpu:
-        return Frames.on_device(loaded.layout, loaded.pages, CudaDevice())
+        frames = Frames.on_device(loaded.layout, loaded.pages, CudaDevice())
+        frames.warm_up()
+        return frames
     make = Frames.shared if shared else Frames.anonymous
     return make(loaded.layout, loaded.pages, progress)
 

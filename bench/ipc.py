@@ -126,7 +126,10 @@ def pool(stand_in: bool) -> Frames:
     from kvtransfer.device_in_memory import InMemoryDevice
     from kvtransfer.frames import Frames
 
-    return Frames.on_device(page_layout(stand_in), max(PAGES), InMemoryDevice() if stand_in else CudaDevice())
+    frames = Frames.on_device(page_layout(stand_in), max(PAGES), InMemoryDevice() if stand_in else CudaDevice())
+    if not stand_in:
+        frames.warm_up()
+    return frames
 
 
 def ends(stand_in: bool) -> tuple[WorkerId, WorkerId, SegmentDigest]:

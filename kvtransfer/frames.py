@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 
 from core.errors import OutOfBounds
 from core.layout import PageLayout
-from kvtransfer.device_memory import Block, DeviceMemory
-from kvtransfer.digest import SegmentDigest, digest_page
+from kvtransfer.device_memory import Block, DeviceMemory, PageCopy
+from kvtransfer.digest import XXH3_64, SegmentDigest, algorithm, digest_page
 
 ALIGN = mmap.PAGESIZE
 EPOCH_BYTES = 8
@@ -34,6 +34,7 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python names it from 3.13 on
 MADV_POPULATE_WRITE = 23  # linux/mman.h, Linux 5.14
 FAULT_STEP_BYTES = 64 << 20
+WARM_COUNTS = (1, 3, 16, 256)  # pages: one, some, a whole number of the compiler's units, enough to fill a chip
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -124,6 +125,17 @@ class Frames:
         block = device.allocate((pages + PROOF_FRAMES) * layout.page_bytes)
         memory, fd = _shared_memory(memory_bytes(pages, 0), None)
         return cls(layout, pages, memory, fd, device, block)
+
+    def warm_up(self) -> None:
+        """Have the device do what hand-offs will ask of it, between the two frames of proofs: it compiles kernels then.
+
+        A compilation takes seconds, and whoever wants the device waits for it. Few pages have other kernels than many.
+        """
+        assert self.device is not None and self.block is not None
+        for count in WARM_COUNTS:
+            pages = [PageCopy(self.pattern, self.landing)] * count
+            self.device.copy(self.block, self.block, self.layout.page_bytes, pages)
+            self.device.digests(self.block, self.layout, [self.landing] * count, algorithm(XXH3_64))
 
     @property
     def pattern(self) -> int:

@@ -22,6 +22,7 @@ from kvtransfer.device_cuda import HANDLE_BYTES, CudaDevice
 from kvtransfer.device_in_memory import InMemoryDevice
 from kvtransfer.device_memory import MAX_HANDLE_BYTES, Block, DeviceMemory, PageCopy
 from kvtransfer.digest import XXH3_64, algorithm, digest_page, keyed
+from kvtransfer.frames import Frames
 from tests.kernels_gpu.conftest import COMPILED
 from tests.kernels_gpu.cuda_stand_in import LARGEST_BYTES, Interpreted, Runtime, Status
 
@@ -120,6 +121,20 @@ def test_a_block_that_is_gone_cannot_be_opened(device: DeviceMemory) -> None:
     device.close(block)
     with pytest.raises(PeerLost):
         device.open(handle, 4096)
+
+
+def test_a_pool_is_warmed_up_between_the_frames_of_proofs(
+    device: DeviceMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtransfer.frames.WARM_COUNTS", (1, 3))
+    frames = Frames.on_device(LAYOUT, 2, device)
+    content = Random(4).randbytes(LAYOUT.page_bytes)
+    frames.write(frames.pattern, content)
+    frames.warm_up()
+    of = digests(content)[0]
+    zeros = digests(bytes(LAYOUT.page_bytes))[0]
+    assert frames.digests([0, 1, frames.pattern, frames.landing], XXH3) == [zeros, zeros, of, of]
+    frames.close()
 
 
 # --- what CUDA alone has ---------------------------------------------------------------------------------------
