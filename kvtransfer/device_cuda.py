@@ -168,8 +168,14 @@ class CudaDevice:
         return self._over(block).view(-1, heads, 1, 2, 1, page_bytes // heads // 2)
 
     def _bytes_over(self, block: Block) -> Any:
-        """[bytes] on the device where they lie, which may be another GPU than ours."""
-        return self._torch.as_tensor(_Described(block))
+        """[bytes]. As of our GPU, wherever they lie: what reads them is launched there, and reaches them or fails.
+
+        The public ways to lay a tensor over an address ask the driver whose it is. The GPU of a peer may be one that
+        this process does not see, and so has no number here.
+        """
+        storage = self._torch._C._construct_storage_from_data_pointer(block.address, self._where, block.size_bytes)
+        empty = self._torch.empty(0, dtype=self._torch.uint8, device=self._where)
+        return empty.set_(storage, 0, (block.size_bytes,), (1,))
 
     def _call(self, name: str, *args: object, failing: Callable[[str], NoReturn]) -> Any:
         """What the runtime returns beside its status."""
@@ -178,20 +184,6 @@ class CudaDevice:
             self._runtime.cudaGetLastError()  # it is said here, and not by whoever looks next on this thread
             failing(f"{name}: {getattr(status, 'name', status)}")
         return returned[0] if returned else None
-
-
-class _Described:
-    """A block as libraries know memory of a device by."""
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.__cuda_array_interface__ = {
-            "shape": (block.size_bytes,),
-            "typestr": "|u1",
-            "data": (block.address, False),
-            "strides": None,
-            "version": 2,
-        }
 
 
 def _lost(what: str) -> NoReturn:

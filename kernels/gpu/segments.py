@@ -142,8 +142,7 @@ def copy_pages_between(
 ) -> None:
     """Pages of one pool over those of another, [N, ...] and [M, ...]: what a hand-off on one host does.
 
-    `source` may lie on another device than `target` and the lists, where the two reach each other. A target may be
-    named twice with the same source.
+    `source` may lie in memory of another GPU that ours reaches. A target may be named twice with the same source.
     """
     assert source.dim() == 6 and source.stride(5) == 1, (source.shape, source.stride())
     _check(target, sources, targets)

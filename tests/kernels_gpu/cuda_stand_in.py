@@ -16,7 +16,6 @@ import torch
 
 from kernels.gpu import errors, segment_digest, segments
 from kvtransfer.device_cuda import HANDLE_BYTES, CudaDevice
-from kvtransfer.device_memory import Block
 
 ALIGN = 256  # of what cudaMalloc gives
 LARGEST_BYTES = 1 << 30
@@ -94,7 +93,7 @@ class Runtime:
 
 
 class Interpreted(CudaDevice):
-    """The real code, but for streams, pinned memory, and how a tensor comes to lie over a block."""
+    """The real code, but for streams and pinned memory."""
 
     name = "GPU-stand-in"  # type: ignore[assignment]
 
@@ -114,7 +113,3 @@ class Interpreted(CudaDevice):
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
-
-    def _bytes_over(self, block: Block) -> torch.Tensor:
-        memory = (ctypes.c_uint8 * block.size_bytes).from_address(block.address)
-        return torch.frombuffer(memory, dtype=torch.uint8)
