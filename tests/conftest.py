@@ -13,7 +13,8 @@ from baton.quiet_threads import wait_asleep
 wait_asleep()  # before any test loads torch: on cores that others use too, threads that spin take twenty times as long
 
 DEFAULT_SEEDS = 50
-ALONE = ("alerts", "chaos", "processes", "ray")  # folders
+ALONE = ("alerts", "chaos", "processes", "ray")  # folders, but for what computes and waits for nothing:
+SHARING = ("test_corruption.py", "test_device_pages.py", "test_rules.py", "test_same_tokens.py")
 HERE = Path(__file__).parent
 
 
@@ -30,5 +31,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.relative_to(HERE).parts[0] in ALONE:
+        if item.path.relative_to(HERE).parts[0] in ALONE and item.path.name not in SHARING:
             item.add_marker(pytest.mark.alone)
