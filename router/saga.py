@@ -46,6 +46,8 @@ from router.workers import Inbox, Lost, Message, Workers
 
 log = logging.getLogger(__name__)
 
+LATE_S = 5.0  # from when a request is taken from a worker until the router knows that it had died: a silence, and more
+
 
 @dataclass(slots=True)
 class _Run:
@@ -67,6 +69,7 @@ class _Run:
     handed_back: set[WorkerId] = field(default_factory=set)  # by workers that drain
     spoke: set[WorkerId] = field(default_factory=set)  # who has sent tokens of this attempt
     submitted_s: float = 0.0
+    taken_from: dict[WorkerId, float] = field(default_factory=dict)  # when, of those that were not at fault then
 
 
 class Counters(Protocol):
@@ -196,7 +199,8 @@ class Saga:
         run.spoke.clear()
         run.submitted_s = self._clock()
         pair = (placement.decode,) if placement.prefill is None else (placement.decode, placement.prefill)
-        inbox = self._workers.open(run.request.request_id, run.attempt, pair, run.progress.next_index)
+        run.taken_from = {worker: at_s for worker, at_s in run.taken_from.items() if worker not in pair}
+        inbox = self._workers.open(run.request.request_id, run.attempt, pair, run.progress.next_index, run.taken_from)
         self._submit(run, placement)
         while not run.progress.is_done:
             worker, message = await self._next(inbox, run.ends_s)
@@ -259,6 +263,9 @@ class Saga:
     def _take(self, run: _Run, worker: WorkerId, message: Message) -> Step | None:
         """A step for the client, or None. Raises when the attempt has failed."""
         assert run.placement is not None
+        if worker not in (run.placement.decode, run.placement.prefill):
+            self._lost_later(run, worker)
+            return None
         if isinstance(message, Lost | RequestFailed):
             if worker == run.placement.prefill and run.decode_spoke:
                 return None
@@ -298,8 +305,7 @@ class Saga:
         if not isinstance(error, WorkerError | HandoffError | NoCapacity | DeadlineExceeded | Cancelled):
             raise error
         self._blame(run, error)
-        if run.lost_workers >= POISON_WORKERS:
-            raise PoisonRequest("this request has cost two workers and is not tried again")
+        self._refuse_killer(run)
         if run.retries >= MAX_REPLAYS or not self._budget.take():
             if isinstance(error, BadTicket):
                 raise error  # keys that differ: coming back soon would not help the client
@@ -320,8 +326,24 @@ class Saga:
         self._again(run)
 
     def _again(self, run: _Run) -> None:
+        assert run.placement is not None
+        for worker in (run.placement.decode, run.placement.prefill):
+            if worker is not None and worker not in run.spoke | run.handed_back:
+                run.taken_from.setdefault(worker, self._clock())
         self._cancel(run)
         run.placement = None
+
+    def _lost_later(self, run: _Run, worker: WorkerId) -> None:
+        """It may have been killed by what was taken from it, before our cancel came. Raises PoisonRequest."""
+        if run.spoke or self._clock() - run.taken_from.pop(worker, float("-inf")) > LATE_S:
+            return
+        run.lost_workers += 1
+        self._poison.cost_a_worker(run.content, worker)
+        self._refuse_killer(run)
+
+    def _refuse_killer(self, run: _Run) -> None:
+        if run.lost_workers >= POISON_WORKERS:
+            raise PoisonRequest("this request has cost two workers and is not tried again")
 
     def _blame(self, run: _Run, error: BatonError) -> None:
         placement = run.placement
@@ -330,6 +352,7 @@ class Saga:
         unreached = [worker for worker in pair if worker is not None and not self._workers.reaches(worker)]
         if isinstance(error, WorkerLost) or (isinstance(error, PeerLost) and unreached):
             run.lost_workers += 1  # its peer may say so before our own session is given up
+            run.taken_from |= dict.fromkeys(unreached, float("-inf"))  # counted
             for worker in unreached:
                 if worker not in run.spoke:  # whoever had answered was lost with it, not by it
                     self._poison.cost_a_worker(run.content, worker)

@@ -6,7 +6,7 @@ A link per worker delivers what the worker says; the saga reads it from the inbo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -60,6 +60,7 @@ class Inbox:
     attempt: int
     workers: tuple[WorkerId, ...]
     next_index: Callable[[], list[int]]  # per choice, what the client has not been given yet
+    before: tuple[WorkerId, ...] = ()  # of earlier attempts: their loss is told, and nothing else of them
     messages: asyncio.Queue[tuple[WorkerId, Message]] = field(default_factory=lambda: asyncio.Queue(MAX_INBOX))
 
 
@@ -112,7 +113,8 @@ class Workers:
         left = self.running(worker)
         if left and (known.draining or known.load.draining):
             self.drains_cut_short += 1
-        for inbox in left:
+        told = left if known.draining or known.load.draining else [*left, *self._remembered_by(worker)]
+        for inbox in told:
             self._deliver(inbox, worker, Lost(worker))
         self._notify()
 
@@ -144,13 +146,28 @@ class Workers:
         """The attempts that a worker has a part in: what a resumed session names."""
         return [inbox for inbox in self._inboxes.values() if worker in inbox.workers]
 
+    def _remembered_by(self, worker: WorkerId) -> list[Inbox]:
+        """One that is full would end its attempt for it."""
+        return [inbox for inbox in self._inboxes.values() if worker in inbox.before and not inbox.messages.full()]
+
     # --- for the saga ------------------------------------------------------------------------------------------
 
     def open(
-        self, request_id: str, attempt: int, workers: tuple[WorkerId, ...], next_index: Callable[[], list[int]]
+        self,
+        request_id: str,
+        attempt: int,
+        workers: tuple[WorkerId, ...],
+        next_index: Callable[[], list[int]],
+        before: Iterable[WorkerId] = (),
     ) -> Inbox:
-        """The inbox of a new attempt; whatever older attempts still send is dropped."""
-        inbox = self._inboxes[request_id] = Inbox(request_id, attempt, workers, next_index)
+        """The inbox of a new attempt; whatever older attempts still send is dropped.
+
+        Of the workers `before`, which earlier attempts were taken from, it hears alone that they are lost.
+        """
+        inbox = self._inboxes[request_id] = Inbox(request_id, attempt, workers, next_index, tuple(before))
+        for worker in inbox.before:
+            if worker not in self._workers:
+                self._deliver(inbox, worker, Lost(worker))
         return inbox
 
     def close(self, request_id: str) -> None:

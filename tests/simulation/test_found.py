@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from core.errors import NoCapacity, PoisonRequest
-from core.messages import Receipt, Token, Tokens
+from core.errors import NoCapacity, PoisonRequest, WorkerDraining
+from core.messages import Receipt, RequestFailed, Token, Tokens
 from core.sampling import SamplingParams
 from kvtransfer.chores import Chores
 from session.outlet import Outlet
@@ -119,3 +119,25 @@ def test_a_worker_that_drains_costs_a_request_no_retry(name: str) -> None:
         return await asyncio.gather(*(finish(cluster, f"r{n}", prompt, params) for n, prompt in enumerate(prompts)))
 
     assert set(run(main())) == {"right"}
+
+
+def test_a_worker_killed_by_what_another_handed_back_counts() -> None:
+    """The decode worker left and handed it back, while it was killing the prefill worker: nobody had noted that one."""
+
+    async def main() -> None:
+        cluster = SimCluster(1, prefill=4, decode=2)
+        await cluster.start()
+        deadly = request_of("r", [POISON] + [1] * 100, SamplingParams(max_tokens=9, seed=0))
+        asked = cluster.spawn(cluster.generate(deadly))
+        while not cluster.poisoned:
+            await asyncio.sleep(0.001)
+        router = cluster.routers[0]
+        (inbox,) = router.workers.running(cluster.poisoned[0])
+        leaver = inbox.workers[0]
+        router.workers.on_failed(leaver, RequestFailed("r", inbox.attempt, WorkerDraining.code, "it leaves"))
+        with pytest.raises(PoisonRequest):
+            await asked
+        assert len(cluster.poisoned) == 2
+        await cluster.close()
+
+    run(main())
