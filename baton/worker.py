@@ -241,8 +241,9 @@ class WorkerProcess:
 def _report_end(*loops: asyncio.Task[None]) -> int:
     """One that should never end has."""
     for loop in loops:
-        if loop.done() and not loop.cancelled():
-            log.critical("the loop of the %s has ended", loop.get_name(), exc_info=loop.exception())
+        if loop.done():
+            error = None if loop.cancelled() else loop.exception()
+            log.critical("the loop of the %s has ended", loop.get_name(), exc_info=error)
     return 1
 
 

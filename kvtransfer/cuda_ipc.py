@@ -21,11 +21,11 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 
-from core.errors import HandoffError, OutOfBounds, PeerLost
+from core.errors import HandoffError, PeerLost
 from kvtransfer.device_memory import PageCopy
 from kvtransfer.digest import SegmentDigest
-from kvtransfer.frames import EPOCH_BYTES, PROOF_FRAMES, Frames, check_source, epochs_offset
-from kvtransfer.mapped import MappedTransport, Stopped, stale
+from kvtransfer.frames import EPOCH_BYTES, PROOF_FRAMES, Frames, epochs_offset
+from kvtransfer.mapped import MappedTransport, Stopped, out_of_bounds, stale
 from kvtransfer.shm_socket import Lent, PoolAddress
 from kvtransfer.transport import Arrival, Piece
 
@@ -95,23 +95,15 @@ class _Mapping:
 
     def _fetch(self, pieces: Sequence[Piece], proof: bool) -> list[Arrival]:
         """One launch for the pages, one for their digests; what cannot be copied, or was given up, is said."""
-        failed = [self._impossible(piece, proof) or self._stale(piece) for piece in pieces]
+        failed = [out_of_bounds(piece, self._pages, self._ours, proof) or self._stale(piece) for piece in pieces]
         sound = [piece for piece, error in zip(pieces, failed, strict=True) if error is None]
         if sound:
             copies = [PageCopy(piece.source_page, piece.target_page) for piece in sound]
             self._device.copy(self._source, self._target, self._ours.layout.page_bytes, copies)
         failed = [error or self._stale(piece) for piece, error in zip(pieces, failed, strict=True)]
         arrived = [piece.target_page for piece, error in zip(pieces, failed, strict=True) if error is None]
-        digests = iter(self._ours.digests(arrived, self._digest) if arrived else ())
+        digests = iter(self._ours.digests(arrived, self._digest))
         return [next(digests) if error is None else error for error in failed]
-
-    def _impossible(self, piece: Piece, proof: bool) -> HandoffError | None:
-        try:
-            check_source(piece.source_page, self._pages, proof=proof)
-            self._ours.check_target(piece.target_page, proof=proof)
-        except OutOfBounds as error:
-            return error
-        return None
 
     def _stale(self, piece: Piece) -> HandoffError | None:
         found = self._epochs[piece.source_page]

@@ -1,7 +1,7 @@
 """What the hand-off needs of a device's memory: blocks that never move, and that another process can map.
 
 A pool on a device is one block. Its pages are copied and digested where they lie; the host reads none of them on the
-way. One contract test runs over all implementations (tests/test_kvtransfer_device.py).
+way. One contract test runs over all implementations (tests/kernels_gpu/test_device_memory.py).
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from core.errors import HandoffError, PeerLost, StalePage
+from core.errors import HandoffError, OutOfBounds, PeerLost, StalePage
 from core.messages import WorkerId
 from kvtransfer.digest import SegmentDigest
-from kvtransfer.frames import Frames
+from kvtransfer.frames import Frames, check_source
 from kvtransfer.shm_socket import TOKEN_BYTES, Lent, PoolAddress, PoolSocket, ask_for_pool
 from kvtransfer.transport import PROOF_STREAM, Arrival, Piece
 
@@ -41,6 +41,16 @@ Map = Callable[[Lent, PoolAddress, Frames, SegmentDigest], Mapping]  # in the co
 
 def stale(piece: Piece, found: int) -> StalePage:
     return StalePage(f"page {piece.source_page} is at epoch {found}, not {piece.epoch}")
+
+
+def out_of_bounds(piece: Piece, pages: int, ours: Frames, proof: bool) -> OutOfBounds | None:
+    """Why a piece must not be copied out of a pool of so many pages into ours, if it must not."""
+    try:
+        check_source(piece.source_page, pages, proof=proof)
+        ours.check_target(piece.target_page, proof=proof)
+    except OutOfBounds as error:
+        return error
+    return None
 
 
 @dataclass(slots=True)

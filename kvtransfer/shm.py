@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from core.errors import HandoffError, OutOfBounds, PeerLost
+from core.errors import HandoffError, PeerLost
 from kvtransfer.digest import SegmentDigest, digest_page
-from kvtransfer.frames import EPOCH_BYTES, PROOF_FRAMES, Frames, check_source, epochs_offset
-from kvtransfer.mapped import MappedTransport, Stopped, stale
+from kvtransfer.frames import EPOCH_BYTES, PROOF_FRAMES, Frames, epochs_offset
+from kvtransfer.mapped import MappedTransport, Stopped, out_of_bounds, stale
 from kvtransfer.shm_socket import Lent, PoolAddress
 from kvtransfer.transport import Arrival, Piece
 
@@ -70,20 +70,15 @@ class _Mapping:
 
     def _fetch(self, piece: Piece, proof: bool) -> Arrival:
         ours = self._ours
-        try:
-            check_source(piece.source_page, self._pages, proof=proof)
-            ours.check_target(piece.target_page, proof=proof)
-        except OutOfBounds as error:
-            return error
-        failed = self._copy(piece, self._target[piece.target_page])
+        failed = out_of_bounds(piece, self._pages, ours, proof) or self._copy(piece)
         return failed or digest_page(ours.everything, ours.layout, piece.target_page, self._digest)
 
-    def _copy(self, piece: Piece, into: Bytes) -> HandoffError | None:
-        """The source page, which has been checked, into `into`, or why it must not be used."""
+    def _copy(self, piece: Piece) -> HandoffError | None:
+        """The source page into the target, which have been checked, or why it must not be used."""
         page, epochs = piece.source_page, self._epochs
         if self._check_epoch and (found := epochs[page]) != piece.epoch:
             return stale(piece, found)
-        np.copyto(into, self._rows[page])
+        np.copyto(self._target[piece.target_page], self._rows[page])
         if self._check_epoch and (found := epochs[page]) != piece.epoch:
             return stale(piece, found)
         return None
