@@ -14,7 +14,9 @@ from core.errors import EngineError, FingerprintMismatch, PlaceMismatch
 from core.messages import WorkerId
 from kvtransfer import fingerprint
 from kvtransfer.chores import Chores
+from kvtransfer.device_in_memory import InMemoryDevice
 from kvtransfer.digest import algorithm
+from kvtransfer.frames import Frames
 from kvtransfer.line import Line
 from kvtransfer.liveness import LeaseTerms, Liveness
 from kvtransfer.messages import Failed, HandoffKey, Renew
@@ -172,3 +174,13 @@ async def test_a_chore_that_fails_is_logged_and_the_clock_goes_on(caplog: pytest
     seen = len(calls)
     await asyncio.sleep(0.005)
     assert len(calls) == seen
+
+
+def test_a_device_is_not_asked_for_the_digests_of_nothing() -> None:
+    class Untouched(InMemoryDevice):
+        def digests(self, *_: object) -> list[bytes]:
+            raise AssertionError("it was asked")
+
+    frames = Frames.on_device(LAYOUT, 4, Untouched())
+    assert frames.digests([], algorithm("xxh3-64")) == []
+    frames.close()

@@ -13,6 +13,7 @@ import pytest
 from baton.membership import Membership
 from baton.registry_link import RegistryLink, labels_of
 from baton.self_test import SelfTest
+from baton.worker import _report_end
 from baton.worker_server import reached_at
 from core.errors import ConfigError
 from core.messages import PathReport, Peer, Role, WorkerId, WorkerInfo
@@ -185,3 +186,18 @@ def test_labels_are_names_with_values() -> None:
 def test_an_advertised_port_0_is_the_one_that_was_free() -> None:
     assert reached_at("", "127.0.0.1:5") == "127.0.0.1:5" and reached_at("10.0.0.1:7", "0.0.0.0:5") == "10.0.0.1:7"
     assert reached_at("10.0.0.1:0", "0.0.0.0:51234") == "10.0.0.1:51234"
+
+
+async def test_whichever_loop_of_a_worker_ends_is_named_with_its_error(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails() -> None:
+        raise KeyError("a mistake of ours")
+
+    loops = [asyncio.create_task(asyncio.sleep(60.0), name=name) for name in ("engine", "sweep")]
+    loops += [asyncio.create_task(fails(), name="membership")]
+    loops[1].cancel()
+    await asyncio.wait(loops[1:])
+    assert _report_end(*loops) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["the loop of the sweep has ended", "the loop of the membership has ended"]
+    assert "a mistake of ours" in caplog.text
+    loops[0].cancel()
